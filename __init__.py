@@ -1,0 +1,22 @@
+"""Nearfield: hierarchical vision backbones built on local attention.
+
+Importing it registers every backbone with timm, so that ``timm.create_model`` makes them too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from . import checkpoints, models, ops
+from ._version import __version__
+from .models import create_model, list_models
+
+__all__ = ["__version__", "checkpoints", "create_model", "engine", "list_models", "models", "ops"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # training brings in torchvision and more: only for those who ask
+    if name == "engine":
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

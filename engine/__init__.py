@@ -1,0 +1,1 @@
+"""Training and evaluation: tasks, data, loop, logging, metrics. The doors (`train.py`, `eval.py`) call it."""

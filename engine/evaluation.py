@@ -1,0 +1,139 @@
+"""An evaluation from its configuration to its row in the results file."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import check, data, hardware, loop, network, runs
+from .config import AugConfig, EvalConfig
+from .errors import CheckpointMismatchError, ConfigError
+from .loggers import append_row
+from .progress import Progress, is_main_process
+from .state import seed_everything
+from .task import create_task
+
+
+def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Evaluate a checkpoint, append a row to `paths.results` and return the summary that the door prints.
+
+    Args:
+        config: with `run`, or a `checkpoint` inside a run folder, the model and data of that run are taken.
+        overrides: keys and groups that were set by hand; they win over the run's own.
+
+    Raises:
+        UserError: see `errors`.
+    """
+    config = of_run(config, overrides or [])
+    device = hardware.setup(config.hardware)
+    dtype = hardware.precision(config.hardware, device)
+    seed_everything(config.seed)
+    network.check_name(config.model.name)
+    if not config.model.checkpoint and not config.model.pretrained:
+        raise ConfigError("nothing to evaluate: give run=FOLDER, checkpoint=FILE, or model.pretrained=true")
+    if config.data.overfit_batches:
+        raise ConfigError(
+            "data.overfit_batches is for training: data.limit_val_batches=N evaluates the first N batches"
+        )
+    split = config.split
+    source = data.open_source(config.data, splits=(split,), in_chans=config.model.in_chans)
+    model = network.build(
+        config.model, num_classes=source.num_classes, in_chans=source.in_chans, class_names=source.class_names
+    ).to(device)
+    how = data.prepare(config.data, model, img_size=network.image_size(config.model), in_chans=source.in_chans)
+    batches = data.eval_batches(config.data, source, how, device, split=split)
+    task = create_task(config.task, AugConfig(no_aug=True), source.num_classes)
+    forward = torch.compile(model) if config.compile else None
+    started = time.perf_counter()
+    with Progress(len(batches)) as progress:
+        metrics = loop.evaluate(
+            model,
+            task,
+            batches,
+            autocast=hardware.autocast_in(dtype, device),
+            forward=forward,
+            on_batch=lambda done: progress.step(done, "evaluating", ""),
+        )
+    seconds = time.perf_counter() - started
+    checkpoint = config.model.checkpoint or f"{config.model.name}: published"
+    where = config.data.name + (f":{config.data.root}" if config.data.root else "")
+    if is_main_process():
+        row = {
+            "model": config.model.name,
+            "checkpoint": checkpoint,
+            "data": where,
+            "split": split,
+            "n": metrics["n"],
+            "top1": metrics["top1"],
+            "top5": metrics["top5"],
+            "loss": metrics["loss"],
+            "img_size": "x".join(map(str, how.size)),
+            "crop_pct": how.crop_pct,
+            "interpolation": how.interpolation,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": runs.device_name(device),
+            "seconds": seconds,
+            "versions": " ".join(f"{name} {number}" for name, number in runs.versions().items()),
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        append_row(Path(config.paths.results).expanduser(), row)
+        numbers = f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}"
+        progress.line(f"{config.model.name} on {where} ({split}, {metrics['n']} images): {numbers}")
+        progress.line(f"checkpoint {checkpoint}; row added to {config.paths.results}")
+    return {
+        "task": task.name,
+        "model": config.model.name,
+        "checkpoint": checkpoint,
+        "data": where,
+        "split": split,
+        "seconds": round(seconds, 2),
+        **{key: round(value, 4) for key, value in metrics.items()},
+    }
+
+
+def of_run(config: EvalConfig, overrides: list[str]) -> EvalConfig:
+    """`config` with the model, data, task and precision of the run that `run` or `checkpoint` belongs to, if any.
+
+    What `overrides` name (a key like data.root, or a whole group like data) stays as it is in `config`.
+    """
+    if config.run and config.checkpoint:
+        raise ConfigError(
+            "run and checkpoint are both given: give one (checkpoint=FILE inside the run folder works too)"
+        )
+    given = config.run or config.checkpoint
+    if not given:
+        return config
+    path = Path(given).expanduser()
+    if config.run and not path.is_dir():
+        raise CheckpointMismatchError(f"run={config.run}: no such folder")
+    folder = path if path.is_dir() else path.parent
+    values = runs.config_of(folder)
+    if path.is_dir():
+        if values is None:
+            raise CheckpointMismatchError(
+                f"{given}: no run folder of train.py: no config.yaml and meta.json of a run in it"
+            )
+        path = folder / f"{config.weights}.safetensors"
+        if not path.is_file():
+            raise CheckpointMismatchError(f"{given}: no {path.name} in it; the run saved nothing yet")
+    merged = dataclasses.asdict(config)
+    if values is not None:
+        own = dataclasses.asdict(config)
+        for group in ("model", "data", "task"):
+            merged[group] |= values[group]
+        merged["hardware"]["amp"] = values["hardware"].get("amp", own["hardware"]["amp"])
+        merged["model"] |= {"pretrained": False, "new_head": False}
+        merged["data"]["overfit_batches"] = None  # a trick of training: what is evaluated is the split
+        for key in overrides:
+            group, _, name = key.partition(".")
+            if group in merged and not name:
+                merged[group] = own[group]
+            elif isinstance(merged.get(group), dict) and name:
+                merged[group][name.split(".")[0]] = own[group][name.split(".")[0]]
+    merged["model"]["checkpoint"] = str(path) if path.exists() else given
+    return check.build(EvalConfig, merged)

@@ -1,0 +1,123 @@
+"""The model that a configuration asks for, with its errors in one line."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import timm
+from torch import nn
+
+from .. import create_model, list_models
+from ..checkpoints.errors import CheckpointError
+from .config import ModelConfig
+from .errors import CheckpointMismatchError, ConfigError, listing, nearest
+
+_logger = logging.getLogger("nearfield.engine")
+
+
+def build(
+    config: ModelConfig,
+    *,
+    num_classes: int,
+    in_chans: int,
+    class_names: list[str] | None = None,
+    strict_head: bool = True,
+) -> nn.Module:
+    """Make the model for data with `num_classes` classes and `in_chans` channels.
+
+    Args:
+        config: the `model` group; its checkpoint, or else its published weights, are loaded.
+        num_classes: classes of the data.
+        in_chans: channels of the data.
+        class_names: for messages.
+        strict_head: a classifier of another size in the checkpoint is an error; otherwise a new one is drawn.
+
+    Raises:
+        ConfigError: unknown model, an argument it does not take, another number of classes than the data.
+        CheckpointMismatchError: the checkpoint is missing or belongs to another model, or its head to other classes.
+    """
+    check_name(config.name)
+    if config.num_classes is not None and config.num_classes != num_classes:
+        which = f" ({listing(class_names, limit=5)})" if class_names else ""
+        raise ConfigError(
+            f"model.num_classes={config.num_classes}, but the data has {num_classes} classes{which}: "
+            f"remove it or set model.num_classes={num_classes}"
+        )
+    options: dict[str, Any] = {
+        "in_chans": in_chans,
+        "img_size": image_size(config),
+        "drop_rate": config.drop_rate,
+        "drop_path_rate": config.drop_path_rate,
+    }
+    options = {key: value for key, value in options.items() if value is not None} | config.kwargs
+    loads = bool(config.checkpoint or config.pretrained)
+    # with a file, its own head comes first: what it was trained for decides whether the data fits (timm's own models
+    # are strict about it themselves)
+    if not (loads and strict_head and is_ours(config.name)):
+        options["num_classes"] = num_classes
+    try:
+        model = create_model(
+            config.name,
+            pretrained=config.pretrained and not config.checkpoint,
+            checkpoint_path=config.checkpoint,
+            **options,
+        )
+    except CheckpointError as error:
+        raise CheckpointMismatchError(
+            f"model.checkpoint={config.checkpoint}: {error}" if config.checkpoint else str(error)
+        ) from error
+    except FileNotFoundError as error:
+        raise CheckpointMismatchError(f"model.checkpoint={config.checkpoint}: no such file") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.name={config.name}: {error}") from error
+    except RuntimeError as error:
+        if not loads:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointMismatchError(
+            f"model.checkpoint={config.checkpoint} does not fit {config.name}: {reason}"
+        ) from error
+    has = getattr(model, "num_classes", num_classes)
+    if has != num_classes:
+        which = (
+            f"model.checkpoint={config.checkpoint}" if config.checkpoint else f"the published weights of {config.name}"
+        )
+        raise CheckpointMismatchError(
+            f"{which}: a head of {has} classes, but the data has {num_classes}: give the data of that checkpoint, "
+            "or fine-tune with train.py model.new_head=true"
+        )
+    if config.grad_checkpointing:
+        switch = getattr(model, "set_grad_checkpointing", None)
+        if switch is None:
+            raise ConfigError(f"model.grad_checkpointing: {config.name} has none")
+        switch(True)
+    return model
+
+
+def image_size(config: ModelConfig) -> tuple[int, int] | None:
+    """`model.img_size` as (height, width) in pixels; None leaves it to the model."""
+    size = config.img_size
+    if size is None or isinstance(size, int):
+        return None if size is None else (size, size)
+    if len(size) != 2:
+        raise ConfigError(f"model.img_size={size}: give one number of pixels, or two: [height, width]")
+    return size[0], size[1]
+
+
+def check_name(name: str) -> None:
+    """Raise a ConfigError that names the nearest models if neither this package nor timm has `name`."""
+    if not name:
+        raise ConfigError("model.name is not set: model=NAME, one of nearfield.list_models() or timm.list_models()")
+    base = name.split(".")[0]
+    if ":" not in name and not timm.is_model(base) and not is_ours(name):
+        ours = list_models()
+        raise ConfigError(
+            f"model.name: there is no model {name!r}{nearest(base, dict.fromkeys([*ours, *timm.list_models()]))}; "
+            f"nearfield.list_models() names ours: {listing(ours, limit=6)}"
+        )
+
+
+def is_ours(name: str) -> bool:
+    """Whether this package makes the model (rather than timm)."""
+    return name.split(".")[0] in {known.split(".")[0] for known in list_models()}

@@ -1,0 +1,28 @@
+"""Backbones, one file a family, all with timm's interface; importing this package registers them with timm.
+
+The file of a family reads top to bottom: attention, model with its published layouts, variants. To add a family, write
+such a file and import it here.
+"""
+
+from __future__ import annotations
+
+from . import dinat, dinat_s, nat, swin
+from .backbone import Backbone
+from .features import Features
+from .loading import export_state_dict, models_that_fit
+from .registry import create_model, list_models, warn_about_names
+
+warn_about_names()
+
+__all__ = [
+    "Backbone",
+    "Features",
+    "create_model",
+    "dinat",
+    "dinat_s",
+    "export_state_dict",
+    "list_models",
+    "models_that_fit",
+    "nat",
+    "swin",
+]

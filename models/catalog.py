@@ -1,0 +1,59 @@
+"""What the package can make: one entry per model name, filled by the families, read by the loader and the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named set of constructor arguments.
+
+    Attributes:
+        name: as in ``create_model``.
+        family: the backbone class.
+        kwargs: constructor arguments that make it this variant.
+    """
+
+    name: str
+    family: type[Backbone]
+    kwargs: Mapping[str, Any]
+
+    def build(self, **overrides: Any) -> Backbone:
+        """The bare backbone, without the registry's configuration."""
+        return self.family(**{**self.kwargs, **overrides})
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Names and shapes of its state dict for RGB images, without a classifier."""
+        with torch.device("meta"):
+            state = self.build(num_classes=0, in_chans=3).state_dict()
+        return {name: value.shape for name, value in state.items()}
+
+
+_VARIANTS: dict[str, Variant] = {}
+
+
+def add(variant: Variant) -> None:
+    """Enter a variant; a name of another family that is taken already is a programming error."""
+    taken = _VARIANTS.get(variant.name)
+    assert taken is None or taken.family.__qualname__ == variant.family.__qualname__, f"two models {variant.name}"
+    _VARIANTS[variant.name] = variant
+
+
+def get(name: str) -> Variant | None:
+    """The variant of that name (without tag), or None."""
+    return _VARIANTS.get(name)
+
+
+def variants() -> Iterator[Variant]:
+    """All variants, in the order in which the families list them."""
+    return iter(list(_VARIANTS.values()))

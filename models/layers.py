@@ -1,0 +1,257 @@
+"""Modules that families share: stems, downsamplers, the attention skeleton, the pre-norm block and the stage.
+
+Everything between the stem and the head works on channels-last maps (B, H, W, C). Any map size is taken: what a module
+cannot use as it is, it zero-pads at the right and bottom, as the published code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..ops import Pattern, local_attention, resize_table
+
+Pair = tuple[int, int]
+Size = int | Pair
+NormLayer = Callable[[int], nn.Module]
+
+
+def to_pair(name: str, value: Size) -> Pair:
+    """An int or (y, x) pair of positive ints as a pair; ``name`` is for the error."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
+        raise ValueError(f"{name} must be a positive int or a (y, x) pair of them, got {value!r}")
+    return pair[0], pair[1]
+
+
+def per_stage(name: str, value: Any, stages: int) -> list[Any]:
+    """One value for each stage: a sequence of ``stages`` entries is taken as that, anything else is repeated.
+
+    A (y, x) pair therefore holds for all stages unless the model has exactly two.
+    """
+    if not isinstance(value, Sequence):
+        return [value] * stages
+    if len(value) == stages:
+        return list(value)
+    if len(value) == 2 and all(isinstance(entry, int) for entry in value):
+        return [tuple(value)] * stages
+    raise ValueError(f"{name} must be one value or one for each of the {stages} stages, got {value!r}")
+
+
+def pad_map(x: Tensor, height: int, width: int) -> Tensor:
+    """Zero-pad a (B, H, W, C) map at the right and bottom to ``height`` x ``width``."""
+    below, right = height - x.shape[1], width - x.shape[2]
+    return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+
+
+class ConvStem(nn.Module):
+    """3x3 convolutions of stride 2, nothing between them, then a norm: (B, C, H, W) -> (B, H/s, W/s, dim).
+
+    ``stride`` 4 is NAT's tokenizer (arXiv 2204.07143, section 3.3); 2 is one convolution, for small images.
+    """
+
+    def __init__(self, in_chans: int, dim: int, norm_layer: NormLayer, stride: int = 4) -> None:
+        super().__init__()
+        if stride not in (2, 4):
+            raise ValueError(f"stem_stride must be 2 or 4, got {stride}")
+        self.conv1 = nn.Conv2d(in_chans, dim // (stride // 2), 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1) if stride == 4 else nn.Identity()
+        self.norm = norm_layer(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) image to (B, ceil(H/s), ceil(W/s), dim) map."""
+        return self.norm(self.conv2(self.conv1(x)).permute(0, 2, 3, 1))
+
+
+class PatchStem(nn.Module):
+    """Non-overlapping patches through one convolution, then a norm (Swin, arXiv 2103.14030, section 3.1).
+
+    Sides that are no multiple of the patch are zero-padded at the right and bottom.
+    """
+
+    def __init__(self, in_chans: int, dim: int, norm_layer: NormLayer, patch_size: int = 4) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.norm = norm_layer(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) image to (B, ceil(H/p), ceil(W/p), dim) map."""
+        below, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
+        if below or right:
+            x = F.pad(x, (0, right, 0, below))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class ConvDownsample(nn.Module):
+    """3x3 convolution of stride 2 without bias, then a norm (NAT): (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), out)."""
+
+    def __init__(self, dim: int, out_dim: int, norm_layer: NormLayer) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False)
+        self.norm = norm_layer(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the map."""
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Norm and projection of 2x2 neighbours (Swin): (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), out)."""
+
+    def __init__(self, dim: int, out_dim: int, norm_layer: NormLayer) -> None:
+        super().__init__()
+        self.norm = norm_layer(4 * dim)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the map; odd sides are zero-padded first."""
+        x = pad_map(x, x.shape[1] + x.shape[1] % 2, x.shape[2] + x.shape[2] % 2)
+        B, H, W, C = x.shape
+        # the published order of the four neighbours: x outermost, then y
+        x = x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
+        return self.reduction(self.norm(x))
+
+
+class LocalAttention(nn.Module):
+    """Multi-head attention over a pattern with a learned table of relative positions.
+
+    A subclass says which pattern a map gets (``pattern``) and to which size the map is padded first (``padded``). The
+    padding enters before the qkv projection and is not masked: padded keys carry the qkv bias and take part in the
+    softmax. This is what the published weights were trained with.
+
+    Args:
+        dim: channels in and out.
+        num_heads: heads; must divide ``dim``.
+        reach: largest |displacement| per axis, in steps; the table is (heads, 2 * reach_y + 1, 2 * reach_x + 1) and its
+            entry [h, dy + reach_y, dx + reach_x] belongs to key - query = (dy, dx).
+        qkv_bias: whether q, k, v have a bias.
+        attn_drop, proj_drop: dropout of the attention weights and of the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        reach: Pair,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide the {dim} channels of its stage")
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.rel_pos_bias = nn.Parameter(torch.empty(num_heads, 2 * reach[0] + 1, 2 * reach[1] + 1))
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew (normal, std 0.02); the projections are modules of their own."""
+        trunc_normal_(self.rel_pos_bias, std=0.02)
+
+    def resize_table(self, reach: Pair) -> None:
+        """Give the table another reach, bicubically; nothing happens when it has it already."""
+        size = (2 * reach[0] + 1, 2 * reach[1] + 1)
+        if tuple(self.rel_pos_bias.shape[1:]) != size:
+            with torch.no_grad():
+                table = resize_table(self.rel_pos_bias, size)
+            self.rel_pos_bias = nn.Parameter(table, requires_grad=self.rel_pos_bias.requires_grad)
+
+    def padded(self, height: int, width: int) -> Pair:
+        """Size to which a map is padded before attention."""
+        return height, width
+
+    def pattern(self, height: int, width: int) -> Pattern:
+        """Pattern for a (padded) map."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        H, W = x.shape[1:3]
+        height, width = self.padded(H, W)
+        qkv = self.qkv(pad_map(x, height, width)).unflatten(-1, (3, self.num_heads, -1))
+        x = local_attention(
+            qkv,
+            None,
+            None,
+            self.pattern(height, width),
+            bias=self.rel_pos_bias,
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
+        return self.proj_drop(self.proj(x[:, :H, :W].flatten(3)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + drop_path(ls1(attn(norm1(x)))), then the same with the MLP.
+
+    Args:
+        dim: channels.
+        attn: the attention module.
+        mlp_ratio: hidden channels of the MLP, as a multiple of ``dim``.
+        layer_scale: initial value of the two learned channel scales, None for none.
+        proj_drop: dropout in the MLP.
+        drop_path: probability of dropping a branch for a sample.
+        norm_layer: makes a norm for a number of channels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float,
+        layer_scale: float | None,
+        proj_drop: float,
+        drop_path: float,
+        norm_layer: NormLayer,
+    ) -> None:
+        super().__init__()
+
+        def scale() -> nn.Module:
+            return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+        def drop() -> nn.Module:
+            return DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+        self.norm1 = norm_layer(dim)
+        self.attn = attn
+        self.ls1 = scale()
+        self.drop_path1 = drop()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.ls2 = scale()
+        self.drop_path2 = drop()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class Stage(nn.Module):
+    """A downsampler (Identity in the first stage) and the blocks after it, each recomputed in backward if asked for."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C_in) -> (B, ceil(H/2), ceil(W/2), C), not halved in the first stage."""
+        x = self.downsample(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x

@@ -1,0 +1,228 @@
+"""From a state dict as published to a state dict that a model takes, and back.
+
+One function, ``fit_state_dict``, serves every way in: ``load_state_dict`` (through a pre-hook, so a backbone inside a
+detector takes published keys too), timm's ``pretrained_filter_fn`` and ``create_model(checkpoint_path=...)``. It
+converts the layout and resizes tables; nothing else is adapted unless asked for, and what does not fit is an error that
+names keys, shapes and the models that would fit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from ..checkpoints import CheckpointMismatch, convert, describe_mismatch, unwrap
+from ..ops import resize_table
+from . import catalog
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+
+_logger = logging.getLogger("nearfield.models")
+
+TABLE = "rel_pos_bias"
+CLASSIFIER = "head.fc"
+
+
+class StateDictMismatch(CheckpointMismatch, RuntimeError):  # noqa: N818 - named as its parent
+    """A state dict does not fit a model; a RuntimeError too, since that is what ``load_state_dict`` raises."""
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Name and shape of everything in the model's state dict."""
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def fit_state_dict(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+    """A state dict of any layout that ``model`` knows, in the model's own layout and table sizes.
+
+    Keys that are the model's own already stay as they are. Bias tables of another window or kernel size are resized
+    bicubically, which one log line says. Everything else is left for strict loading to judge.
+    """
+    expected = shapes_of(model)
+    fitted, layout = convert(state, model.layouts, expected)
+    if layout is not None:
+        _logger.debug("converted %d keys from the %s layout", len(state), layout.name)
+    resized: Counter[str] = Counter()
+    # a file of another model is left as it is, for the error to name what the file really holds
+    ours = all(name in fitted for name in expected if not name.startswith(CLASSIFIER))
+    for name, table in fitted.items() if ours else ():
+        want = expected.get(name)
+        if want is not None and name.endswith(TABLE) and _another_size(table.shape, want):
+            with torch.no_grad():
+                fitted[name] = resize_table(table, (want[1], want[2]))
+            resized[f"{table.shape[1]}x{table.shape[2]} to {want[1]}x{want[2]}"] += 1
+    if resized:
+        sizes = ", ".join(f"{count} from {change}" for change, count in resized.items())
+        _logger.warning("resized relative position tables bicubically: %s", sizes)
+    return fitted
+
+
+def _another_size(shape: torch.Size, want: torch.Size) -> bool:
+    return (
+        shape != want
+        and len(shape) == len(want) == 3
+        and shape[0] == want[0]
+        and all(side % 2 == 1 for side in (*shape[1:], *want[1:]))
+    )
+
+
+def convert_on_load(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load-state-dict pre-hook: rewrites the entries under ``prefix`` through ``module.fit_state_dict``."""
+    own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    fitted = module.fit_state_dict(own)
+    for key in own:
+        del state_dict[prefix + key]
+    state_dict.update({prefix + key: value for key, value in fitted.items()})
+
+
+class LoadsPublished(nn.Module):
+    """Base of modules whose ``load_state_dict`` takes every published layout, wrapped in a checkpoint or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(convert_on_load)
+
+    def fit_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The given state dict (any layout, no prefix) with this module's keys and table sizes."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``, for any published layout; also takes all that a checkpoint file holds.
+
+        Raises:
+            StateDictMismatch: keys (when strict) or shapes do not fit; names them, and the models that do fit.
+        """
+        own = shapes_of(self)
+        if any(not isinstance(value, Tensor) for value in state_dict.values()) or not any(k in own for k in state_dict):
+            state_dict = unwrap(state_dict)
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            difference = describe_mismatch(self.fit_state_dict(state_dict), shapes_of(self))
+            if not difference:
+                raise
+            raise mismatch(difference, unwrap(state_dict), self) from error
+
+
+def mismatch(difference: str, state: Mapping[str, Tensor], model: nn.Module) -> StateDictMismatch:
+    """The error for a state dict that does not fit ``model``, with the names of the models that it does fit."""
+    own = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    names = models_that_fit(state)
+    advice = "it fits no model of this package"
+    if names:
+        variant = catalog.get(names[0])
+        assert variant is not None
+        options = published_options(state, variant.family)
+        made = f" made with {', '.join(f'{key}={value}' for key, value in options.items())}" if options else ""
+        advice = f"it fits {', '.join(names)}{made}"
+    return StateDictMismatch(f"the checkpoint does not fit {own}: {difference}; {advice}")
+
+
+def models_that_fit(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the registered models whose keys and shapes are exactly those of ``state`` (any layout, any head).
+
+    Models that differ in nothing that a file stores (NAT and DiNAT: the dilation is no parameter) are all named.
+    """
+    converted: dict[Any, dict[str, Tensor]] = {}
+    names = []
+    for variant in catalog.variants():
+        layouts = variant.family.layouts
+        if layouts not in converted:
+            converted[layouts] = _converted_or_empty(state, layouts)
+        theirs = converted[layouts]
+        if theirs and _fits(theirs, variant):
+            names.append(variant.name)
+    return names
+
+
+def _converted_or_empty(state: Mapping[str, Tensor], layouts: Any) -> dict[str, Tensor]:
+    try:
+        return convert(state, layouts)[0]
+    except CheckpointMismatch:
+        return {}
+
+
+def _fits(state: Mapping[str, Tensor], variant: catalog.Variant) -> bool:
+    body = {key: value.shape for key, value in state.items() if not key.startswith(CLASSIFIER)}
+    conv = f"{variant.family.first_conv}.weight"
+    if len(body.get(conv, ())) != 4:
+        return False
+    out, _, *kernel = body[conv]
+    return {**body, conv: torch.Size((out, 3, *kernel))} == variant.shapes
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Backbone) -> dict[str, Tensor]:
+    """timm's ``pretrained_filter_fn``: unwrapped, converted, resized, and strictly checked.
+
+    The classifier and the first convolution are not checked: timm adapts them afterwards to another number of classes
+    or channels.
+    """
+    fitted = fit_state_dict(unwrap(state_dict), model)
+    adapted = (CLASSIFIER, model.first_conv)
+    ours = {key: value for key, value in fitted.items() if not key.startswith(adapted)}
+    expected = {key: shape for key, shape in shapes_of(model).items() if not key.startswith(adapted)}
+    difference = describe_mismatch(ours, expected)
+    if difference:
+        raise mismatch(difference, unwrap(state_dict), model)
+    return fitted
+
+
+def published_options(state: Mapping[str, Tensor], family: type[Backbone]) -> dict[str, int]:
+    """``num_classes`` and ``in_chans`` of the model that a file was saved from, where its keys tell."""
+    state = _converted_or_empty(state, family.layouts)
+    options = {}
+    for option, key, axis in (
+        ("num_classes", f"{CLASSIFIER}.weight", 0),
+        ("in_chans", f"{family.first_conv}.weight", 1),
+    ):
+        if key in state and state[key].ndim > axis:
+            options[option] = state[key].shape[axis]
+    return options
+
+
+def adapt_state_dict(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+    """Fit a state dict to a model with another number of classes or input channels; each change is one log line.
+
+    The head of another class count is left out in favour of the model's own, newly drawn one; the first convolution is
+    summed or repeated over channels as timm does.
+    """
+    fitted = fit_state_dict(state, model)
+    own = model.state_dict()
+    weight, bias = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
+    if weight in fitted and (weight not in own or fitted[weight].shape[0] != own[weight].shape[0]):
+        told = "left out" if weight not in own else f"drawn anew for {own[weight].shape[0]} classes"
+        _logger.warning("the classifier of %d classes in the file is %s", fitted[weight].shape[0], told)
+        for key in (weight, bias):
+            fitted.pop(key, None)
+            if key in own:
+                fitted[key] = own[key]
+    conv = f"{model.first_conv}.weight"
+    if conv in fitted and fitted[conv].ndim == 4 and fitted[conv].shape[1] != model.in_chans:
+        base = fitted[conv].shape[1]
+        fitted[conv] = adapt_input_conv(model.in_chans, fitted[conv], base_chans=base)
+        _logger.warning("the first convolution is adapted from %d to %d input channels", base, model.in_chans)
+    return fitted
+
+
+def export_state_dict(model: Backbone, layout: str) -> dict[str, Tensor]:
+    """The model's weights in a published layout, bit for bit.
+
+    Args:
+        model: a backbone of this package.
+        layout: name of one of ``model.layouts``.
+
+    Raises:
+        ValueError: the family has no layout of that name.
+    """
+    for known in model.layouts:
+        if known.name == layout:
+            return known.to_theirs(model.state_dict())
+    names = ", ".join(known.name for known in model.layouts)
+    raise ValueError(f"layout={layout!r} is unknown for {type(model).__name__}: known are {names}")

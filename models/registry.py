@@ -1,0 +1,231 @@
+"""Names: registration of the families' variants, here and with timm, and ``create_model``."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from torch import nn
+
+from .. import checkpoints
+from ..checkpoints import describe_mismatch
+from . import catalog
+from .backbone import Backbone
+from .features import Features
+from .layers import to_pair
+from .loading import (
+    CLASSIFIER,
+    StateDictMismatch,
+    adapt_state_dict,
+    checkpoint_filter_fn,
+    fit_state_dict,
+    mismatch,
+    published_options,
+    shapes_of,
+)
+
+_logger = logging.getLogger("nearfield.models")
+
+_ENTRYPOINTS: dict[str, Callable[..., nn.Module]] = {}
+
+not_in_timm: list[str] = []
+"""Names that timm had already when this package was imported: timm keeps its own models under them."""
+
+
+class UnknownArgument(ValueError, TypeError):  # noqa: N818 - says what it is
+    """A model was asked for with an argument that its family does not take; a TypeError too, as Python raises."""
+
+
+def register(module_name: str, family: type[Backbone], variants: Mapping[str, Mapping[str, Any]]) -> None:
+    """Register a family's variants with this package and with timm.
+
+    For every name the family's module gets a function of that name, ``name(pretrained=False, **kwargs)``, and its
+    entry in ``default_cfgs``, as timm's own files have them.
+
+    Args:
+        module_name: ``__name__`` of the family's file.
+        family: backbone class.
+        variants: constructor arguments of each variant, by name.
+    """
+    module = sys.modules[module_name]
+    module.__dict__.setdefault("default_cfgs", {}).update(
+        generate_default_cfgs(
+            {key: cfg for name in variants for key, cfg in _cfgs(name, family, variants[name]).items()}
+        )
+    )
+    for name, kwargs in variants.items():
+        variant = catalog.Variant(name, family, kwargs)
+        catalog.add(variant)
+        entrypoint = _entrypoint(variant, module_name)
+        setattr(module, name, entrypoint)
+        _ENTRYPOINTS[name] = entrypoint
+        if timm.is_model(name) and not timm.model_entrypoint(name).__module__.startswith(f"{__package__}."):
+            not_in_timm.append(name)
+        else:
+            timm.models.register_model(entrypoint)
+
+
+def warn_about_names() -> None:
+    """Say once which names timm keeps for itself."""
+    if not_in_timm:
+        _logger.warning(
+            "timm has models of its own named %s: timm.create_model makes timm's, nearfield.create_model makes these",
+            ", ".join(not_in_timm),
+        )
+
+
+def _cfgs(name: str, family: type[Backbone], kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """timm's pretrained cfgs of a variant by ``name.tag``; one without weights where nothing is published."""
+    names = {"first_conv": family.first_conv, "classifier": CLASSIFIER}
+    published = {f"{name}.{entry.tag}": {**entry.pretrained_cfg(), **names} for entry in checkpoints.entries(name)}
+    size = to_pair("img_size", kwargs.get("img_size", 224))
+    return published or {name: {"input_size": (3, *size), "crop_pct": 0.9, **names}}
+
+
+def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        own = "feature_cls" not in kwargs
+        return build_model_with_cfg(
+            variant.family,
+            variant.name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            # None: all stages, where timm would take five
+            feature_cfg={"feature_cls": Features, "out_indices": None} if own else {},
+            **{**variant.kwargs, **kwargs},
+        )
+
+    create.__name__ = create.__qualname__ = variant.name
+    create.__module__ = module
+    create.__doc__ = (
+        f"{variant.family.__name__}: {', '.join(f'{key}={value}' for key, value in variant.kwargs.items())}."
+    )
+    return create
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    checkpoint_path: str | Path | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Make a model by name, with published weights if asked for.
+
+    Args:
+        name: one of ``list_models()``, optionally with a tag after a dot that chooses among its published files (the
+            first is the default); or any name that only timm has.
+        pretrained: load the published file, downloaded once or found in the cache.
+        checkpoint_path: load this file instead: a path, URL, ``hf-hub:owner/name`` or index name, in any published
+            layout or this package's, plain or wrapped in a training checkpoint.
+        img_size: nominal image size, an int or (height, width); every model runs on other sizes too.
+        **kwargs: arguments of the family's class, and timm's ``features_only``, ``out_indices``, ``feature_cls``,
+            ``pretrained_cfg``, ``pretrained_cfg_overlay``, ``cache_dir``. ``num_classes`` and ``in_chans`` default to
+            what the file has; another number of classes draws a new classifier, another number of channels adapts the
+            first convolution, and each says so in the log.
+
+    Raises:
+        ValueError: unknown name or tag, nothing published, an argument out of range.
+        CheckpointError: the file cannot be had, or does not fit (then with its keys, shapes and the models that fit).
+    """
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if img_size is not None:
+        kwargs["img_size"] = img_size
+    base, _, tag = name.partition(".")
+    variant = catalog.get(base)
+    if variant is None:
+        if timm.is_model(base) or ":" in name:
+            return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
+        raise ValueError(f"unknown model {name!r}{_nearest(base, [*list_models(), *timm.list_models()])}")
+
+    source: str | Path | None = checkpoint_path
+    by_timm = False
+    if not source and pretrained:
+        by_timm = bool(kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"})
+        if not by_timm and not checkpoints.entries(base):
+            raise ValueError(f"nothing is published for {base}: use pretrained=False, or checkpoint_path= with a file")
+        source = None if by_timm else name
+    kwargs.setdefault("pretrained_cfg", _default_cfg(base, tag))
+    state = None
+    if source:
+        _warn_about_twin(str(source), base)
+        state = checkpoints.read(checkpoints.resolve(source, cache_dir=kwargs.get("cache_dir")))
+        kwargs = {**published_options(state, variant.family), **kwargs}
+    try:
+        model = _ENTRYPOINTS[base](pretrained=by_timm, **kwargs)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        names = _arguments(variant.family)
+        close = difflib.get_close_matches(unknown[1], names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(names))}"
+        raise UnknownArgument(f"{base} takes no argument {unknown[1]!r}: {hint}") from error
+    # timm writes these beside exported weights
+    args = {key: value for key, value in kwargs.items() if key not in ("pretrained_cfg", "cache_dir")}
+    vars(model)["_model_args"] = args
+    if state is not None:
+        backbone = model.backbone if isinstance(model, Features) else model
+        assert isinstance(backbone, Backbone)
+        try:
+            model.load_state_dict(adapt_state_dict(state, backbone))
+        except StateDictMismatch as error:
+            # in terms of the file as it is, not as it was adapted to a model that it does not fit
+            difference = describe_mismatch(fit_state_dict(state, backbone), shapes_of(backbone))
+            raise mismatch(difference, state, backbone) from error
+    return model
+
+
+def _warn_about_twin(source: str, name: str) -> None:
+    """Say so when a published file is that of another model: NAT and DiNAT differ in nothing that a file stores."""
+    entry = checkpoints.find(source)
+    if entry is not None and entry.model != name:
+        _logger.warning("%s was published for %s and is loaded into %s", entry.file, entry.model, name)
+
+
+def _arguments(family: type[Backbone]) -> set[str]:
+    """Names of the constructor arguments of a family and its bases."""
+    found = [
+        inspect.signature(base.__init__).parameters.values() for base in family.__mro__ if issubclass(base, Backbone)
+    ]
+    return {p.name for parameters in found for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _default_cfg(name: str, tag: str) -> dict[str, Any]:
+    """The pretrained cfg of a model and tag, as the family's module lists it."""
+    cfgs = sys.modules[_ENTRYPOINTS[name].__module__].__dict__["default_cfgs"][name]
+    if tag and tag not in cfgs.cfgs:
+        known = ", ".join(f"{name}.{known}" for known in cfgs.tags if known) or "no tags, as nothing is published"
+        raise ValueError(f"unknown tag {tag!r} of {name}: it has {known}")
+    tag = tag or cfgs.tags[0]
+    return {**cfgs.cfgs[tag].to_dict(), "architecture": name, **({"tag": tag} if tag else {})}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=4, cutoff=0.6)
+    return f": did you mean {', '.join(close)}?" if close else ": nearfield.list_models() gives the names"
+
+
+def list_models(filter: str | Iterable[str] = "", pretrained: bool = False) -> list[str]:
+    """Names of this package's models, sorted naturally.
+
+    Args:
+        filter: shell pattern or several (``"nat*"``), matched against the name, with and without tag.
+        pretrained: list what is published, as ``name.tag``.
+    """
+    names = list(_ENTRYPOINTS)
+    if pretrained:
+        names = [f"{name}.{entry.tag}" for name in names for entry in checkpoints.entries(name)]
+    patterns = [filter] if isinstance(filter, str) else list(filter)
+    if any(patterns):
+        names = [n for n in names if any(fnmatch.fnmatch(m, p) for p in patterns for m in (n, n.partition(".")[0]))]
+    return sorted(names, key=lambda n: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", n)])

@@ -1,0 +1,61 @@
+"""Local attention operators: a pattern says which keys each query sees, everything else is derived from it."""
+
+from .attention import (
+    BACKENDS,
+    grid_attention,
+    halo_attention,
+    hilbert_neighborhood_attention,
+    hilbert_window_attention,
+    local_attention,
+    neighborhood_attention,
+    routing_attention,
+    use_backend,
+    window_attention,
+)
+from .bias import resize_table
+from .curves import curve_order, hilbert_order, inverse_order
+from .patterns import (
+    Axes,
+    Full,
+    Grid,
+    Halo,
+    HilbertNeighborhood,
+    HilbertSlide,
+    HilbertWindow,
+    Neighborhood,
+    Pattern,
+    Slide,
+    Window,
+    parse_pattern,
+    resolve,
+)
+
+__all__ = [
+    "BACKENDS",
+    "Axes",
+    "Full",
+    "Grid",
+    "Halo",
+    "HilbertNeighborhood",
+    "HilbertSlide",
+    "HilbertWindow",
+    "Neighborhood",
+    "Pattern",
+    "Slide",
+    "Window",
+    "curve_order",
+    "grid_attention",
+    "halo_attention",
+    "hilbert_neighborhood_attention",
+    "hilbert_order",
+    "hilbert_window_attention",
+    "inverse_order",
+    "local_attention",
+    "neighborhood_attention",
+    "parse_pattern",
+    "resize_table",
+    "resolve",
+    "routing_attention",
+    "use_backend",
+    "window_attention",
+]

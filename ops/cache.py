@@ -1,0 +1,58 @@
+"""A bounded cache for schedule tensors: least recently used out first, counted in bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+__all__ = ["SCHEDULES", "TensorCache"]
+
+
+class TensorCache:
+    """Tensors derived from shapes and patterns, never from parameters.
+
+    They are made outside inference mode: a tensor born there could not take part in a later training step.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._bytes = 0
+        self._tensors: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
+        """The tensor of `key`, built on first use. One larger than the whole cache is built and not kept."""
+        with self._lock:
+            if key in self._tensors:
+                self._tensors.move_to_end(key)
+                return self._tensors[key]
+        with torch.inference_mode(False):
+            tensor = build()
+        size = tensor.numel() * tensor.element_size()
+        with self._lock:
+            if size <= self.max_bytes and key not in self._tensors:
+                self._tensors[key] = tensor
+                self._bytes += size
+                while self._bytes > self.max_bytes:
+                    _, old = self._tensors.popitem(last=False)
+                    self._bytes -= old.numel() * old.element_size()
+        return tensor
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._tensors.clear()
+            self._bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return self._bytes
+
+
+SCHEDULES = TensorCache(64 << 20)
+"""Index and mask tensors of the stock-PyTorch backend, per pattern, tile and device."""

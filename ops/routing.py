@@ -1,0 +1,193 @@
+"""Bi-level routing attention: each region of queries attends the tokens of its top-k regions of keys.
+
+The one data-dependent pattern of this package (BiFormer, Zhu et al. 2023, arXiv 2303.08810, section 3.2). Region scores
+and the choice are plain tensor code without gradient; the attention reads K and V rows of one image and some regions
+at a time, so that the k-fold copies of the published code never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .patterns import Size
+from .tile_math import attend, dropout_masks, own_precision, score_gradients
+
+__all__ = ["Regions", "backward", "cut_regions", "forward", "route"]
+
+GATHER_BYTES = 8 << 20  # gathered keys and values held at a time
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A map cut into ny x nx regions of (y, x) tokens each; the last of an axis may be short."""
+
+    height: int
+    width: int
+    ny: int
+    nx: int
+    size_y: int
+    size_x: int
+
+    @property
+    def count(self) -> int:
+        """Number of regions."""
+        return self.ny * self.nx
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a whole region."""
+        return self.size_y * self.size_x
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows and columns that the last regions lack."""
+        return self.ny * self.size_y - self.height, self.nx * self.size_x - self.width
+
+    def cut(self, t: Tensor) -> Tensor:
+        """(B, H, W, h, d) as (B, regions, tokens, h, d); what short regions lack is zero."""
+        if any(self.padding):
+            t = F.pad(t, (0, 0, 0, 0, 0, self.padding[1], 0, self.padding[0]))
+        t = t.unflatten(2, (self.nx, self.size_x)).unflatten(1, (self.ny, self.size_y)).transpose(2, 3)
+        return t.flatten(3, 4).flatten(1, 2)
+
+    def join(self, t: Tensor) -> Tensor:
+        """Inverse of `cut`."""
+        t = t.unflatten(2, (self.size_y, self.size_x)).unflatten(1, (self.ny, self.nx)).transpose(2, 3)
+        return t.flatten(3, 4).flatten(1, 2)[:, : self.height, : self.width]
+
+    def present(self, device: torch.device) -> Tensor:
+        """(regions, tokens) bool: which tokens exist."""
+        ones = torch.ones(1, self.height, self.width, 1, 1, dtype=torch.uint8, device=device)
+        return self.cut(ones).view(self.count, self.tokens).bool()
+
+
+def cut_regions(height: int, width: int, regions: Size | None, region_size: Size | None) -> Regions:
+    """Regions of a map, from their number (ny, nx) or from their size.
+
+    Raises:
+        ValueError: both or neither given, or a number of regions that no single size gives.
+    """
+    if (regions is None) == (region_size is None):
+        raise ValueError("give either regions, the (ny, nx) count, or region_size, not both or neither")
+    given = regions if region_size is None else region_size
+    assert given is not None
+    pair = tuple(given) if isinstance(given, (tuple, list)) else (given, given)
+    if len(pair) != 2 or not all(isinstance(p, int) and p >= 1 for p in pair):
+        raise ValueError(f"regions and region_size are positive ints or (y, x) pairs, got {given!r}")
+    size_y, size_x = pair if regions is None else (-(-height // pair[0]), -(-width // pair[1]))
+    ny, nx = -(-height // size_y), -(-width // size_x)
+    if regions is not None and (ny, nx) != pair:
+        raise ValueError(
+            f"a {height}x{width} map has no {pair[0]}x{pair[1]} regions of one size: pad it, or give region_size="
+        )
+    return Regions(height, width, ny, nx, size_y, size_x)
+
+
+def route(q: Tensor, k: Tensor, regions: Regions, topk: int) -> Tensor:
+    """(B, regions, topk) int64: the key regions of each query region, best first.
+
+    Scores are dot products of region means over all channels, without heads, scale or gradient. Of equal scores the
+    region that comes first in raster order wins.
+
+    Raises:
+        ValueError: topk is not in [1, regions].
+    """
+    if not isinstance(topk, int) or not 1 <= topk <= regions.count:
+        raise ValueError(f"topk={topk} must be an int in [1, {regions.count}], the number of regions")
+    compute = torch.promote_types(q.dtype, torch.float32)
+    real = regions.present(q.device).sum(1).to(compute)[:, None]
+
+    def means(t: Tensor) -> Tensor:
+        return regions.cut(t.detach()).flatten(3).to(compute).sum(2) / real
+
+    with own_precision(q.device):
+        scores = means(q) @ means(k).transpose(1, 2)
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk].contiguous()
+
+
+def _chunks(q: Tensor, routes: Tensor, regions: Regions) -> Iterator[tuple[int, slice]]:
+    """Images and ranges of regions whose gathered keys and values fit GATHER_BYTES."""
+    size = 2 * routes.shape[2] * regions.tokens * q.shape[3] * q.shape[4] * 4
+    step = max(1, GATHER_BYTES // size)
+    for image in range(q.shape[0]):
+        for first in range(0, regions.count, step):
+            yield image, slice(first, min(first + step, regions.count))
+
+
+def _gather(t: Tensor, routes: Tensor) -> Tensor:
+    """Rows (regions, tokens, ...) of the routed regions, (chunk, topk * tokens, ...)."""
+    return t.index_select(0, routes.flatten()).view(routes.shape[0], routes.shape[1] * t.shape[1], *t.shape[2:])
+
+
+def _mask(regions: Regions, routes: Tensor, zero_pad: bool, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask (chunk, 1, 1, topk * tokens) of absent keys, None where all keys count."""
+    if zero_pad or not any(regions.padding):
+        return None
+    absent = ~_gather(regions.present(routes.device), routes)
+    return torch.zeros(absent.shape, dtype=dtype, device=routes.device).masked_fill_(absent, -torch.inf)[:, None, None]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, zero_pad: bool, scale: float,
+    dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output (B, H, W, h, d_v) and log-sum-exp (B, h, regions, tokens)."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    keep = dropout_masks(dropout_p, seed, q.device)
+    qs, ks, vs = (regions.cut(t) for t in (q, k, v))
+    out = qs.new_empty(*qs.shape[:4], v.shape[4])
+    lse = torch.empty(q.shape[0], q.shape[3], regions.count, regions.tokens, dtype=compute, device=q.device)
+    for b, part in _chunks(q, routes, regions):
+        chosen = routes[b, part]
+        kt, vt = (_gather(t[b], chosen).to(compute).transpose(1, 2) for t in (ks, vs))
+        mask = _mask(regions, chosen, zero_pad, compute)
+        o, s = attend(qs[b, part].to(compute).transpose(1, 2), kt, vt, mask, scale, keep)
+        out[b, part] = o.transpose(1, 2).to(out.dtype)
+        lse[b, :, part] = s.transpose(0, 1)
+    return regions.join(out).contiguous(), lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, regions: Regions,
+    zero_pad: bool, scale: float, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v; gathered rows are read again, not kept."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    keep = dropout_masks(dropout_p, seed, q.device)
+    qs, ks, vs, gs, os = (regions.cut(t) for t in (q, k, v, grad, out))
+    dq = torch.empty(qs.shape, dtype=compute, device=q.device)
+    dk, dv = (torch.zeros(t.shape, dtype=compute, device=q.device) for t in (ks, vs))
+
+    def heads_first(t: Tensor) -> Tensor:
+        return t.to(compute).transpose(1, 2).flatten(0, 1)
+
+    def tokens_first(t: Tensor) -> Tensor:
+        return t.unflatten(0, (-1, q.shape[3])).transpose(1, 2)
+
+    for b, part in _chunks(q, routes, regions):
+        chosen = routes[b, part]
+        mask = _mask(regions, chosen, zero_pad, compute)
+        qt, gt, ot = (heads_first(t[b, part]) for t in (qs, gs, os))
+        kt, vt = (heads_first(_gather(t[b], chosen)) for t in (ks, vs))
+        delta = (gt * ot).sum(-1, keepdim=True)
+        ls = lse[b, :, part].transpose(0, 1).reshape(-1, regions.tokens, 1)
+
+        def add(scores: Tensor, mask: Tensor | None = mask) -> Tensor:
+            if mask is not None:
+                scores.unflatten(0, (-1, q.shape[3])).add_(mask)
+            return scores
+
+        p, ds = score_gradients(qt, kt * scale, vt, gt, ls, delta, add, keep)
+        dq[b, part] = tokens_first(torch.bmm(ds, kt).mul_(scale))
+        for total, gradient in (
+            (dk, torch.bmm(ds.transpose(1, 2), qt).mul_(scale)),
+            (dv, torch.bmm(p.transpose(1, 2), gt)),
+        ):
+            rows = tokens_first(gradient).reshape(chosen.numel(), regions.tokens, q.shape[3], -1)
+            total[b].index_add_(0, chosen.flatten(), rows)
+    return regions.join(dq).to(q.dtype), regions.join(dk).to(k.dtype), regions.join(dv).to(v.dtype)

@@ -1,0 +1,138 @@
+"""The index: consistent rows, and the way names are looked up."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from urllib.parse import urlsplit
+
+import pytest
+import timm
+from nearfield.checkpoints import entries, find
+from nearfield.checkpoints.index import near_matches
+from timm.models import PretrainedCfg
+
+MODELS = [
+    *(f"nat_{size}" for size in ("mini", "tiny", "small", "base")),
+    *(f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large", "large_384", "large_384_11x11")),
+    *(f"dinat_s_{size}" for size in ("tiny", "small", "base", "large", "large_384")),
+    *(f"swin_{size}" for size in ("tiny", "small", "base", "large", "base_384", "large_384")),
+]
+ROWS = entries()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_has_a_default_for_imagenet_1k(model: str) -> None:
+    default = entries(model)[0]
+    assert find(model) is default
+    assert default.num_classes == 1000
+    assert default.top1 is not None
+    assert default.url is not None
+
+
+def test_no_other_models_are_in_the_index() -> None:
+    assert {row.model for row in ROWS} == set(MODELS)
+    assert entries("nat_nano") == []
+
+
+def test_names_and_files_are_unique() -> None:
+    assert max(Counter(row.name for row in ROWS).values()) == 1
+    assert max(Counter(row.file for row in ROWS if row.url).values()) == 1
+    assert max(Counter(row.hub for row in ROWS if row.hub).values()) == 1
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_rows_are_consistent(row: object) -> None:
+    assert isinstance(row, type(ROWS[0]))
+    assert bool(row.url) != bool(row.hub)
+    if row.url:
+        parts = urlsplit(row.url)
+        assert parts.scheme == "https"
+        assert parts.path.rsplit("/", 1)[-1] == row.file
+        assert not parts.query
+    assert row.layout in ("shi-labs", "microsoft", "timm")
+    assert row.licence == "MIT"
+    assert row.source
+    assert re.fullmatch(r"[a-z0-9_]+", row.tag)
+    assert row.num_classes in (None, 1000, 21841)
+    assert row.top1 is None or 80 < row.top1 < 90
+    assert (row.top1 is not None) == (row.num_classes == 1000)
+    assert row.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", row.sha256)
+    assert row.input_size == (3, *[384 if "384" in row.model and "interp" not in row.file else 224] * 2)
+    assert row.crop_pct == (1.0 if row.input_size[1] == 384 else 0.9 if row.layout == "timm" else 0.875)
+    assert row.crop_mode == ("squash" if row.layout == "microsoft" and row.input_size[1] == 384 else "center")
+    assert row.interpolation == "bicubic"
+    assert (row.mean, row.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_rows_become_pretrained_cfgs_of_timm(row: object) -> None:
+    assert isinstance(row, type(ROWS[0]))
+    cfg = PretrainedCfg(**row.pretrained_cfg())
+    assert cfg.has_weights
+    assert (cfg.architecture, cfg.tag, cfg.license) == (row.model, row.tag, "mit")
+    assert (cfg.input_size, cfg.crop_pct, cfg.crop_mode) == (row.input_size, row.crop_pct, row.crop_mode)
+
+
+def timm_swins() -> list[PretrainedCfg]:
+    names = timm.list_models("swin_*_patch4_window*", pretrained=True)
+    cfgs = [timm.get_pretrained_cfg(name) for name in names]
+    return [cfg for cfg in cfgs if cfg is not None]
+
+
+def test_swin_rows_are_those_that_timm_knows() -> None:
+    assert {cfg.url for cfg in timm_swins()} == {row.url for row in ROWS if row.layout == "microsoft"}
+    hub = {f"{cfg.hf_hub_id}": cfg for cfg in timm_swins()}
+    rows = {row.hub: row for row in ROWS if row.layout == "timm"}
+    assert hub.keys() == rows.keys()
+    for name, cfg in hub.items():
+        row = rows[name]
+        assert (cfg.num_classes, cfg.input_size) == (row.num_classes, row.input_size)
+        assert (cfg.crop_pct, cfg.crop_mode, cfg.interpolation) == (row.crop_pct, row.crop_mode, row.interpolation)
+        assert (cfg.mean, cfg.std) == (row.mean, row.std)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("nat_mini", "nat_mini.in1k"),
+        ("nat_mini.in1k", "nat_mini.in1k"),
+        ("nat_mini.pth", "nat_mini.in1k"),
+        ("some/where/dinat_mini_in1k_224.pth", "dinat_mini.in1k"),
+        ("C:\\weights\\nat_base.pth", "nat_base.in1k"),
+        ("https://shi-labs.com/projects/nat/checkpoints/CLS/nat_tiny.pth", "nat_tiny.in1k"),
+        ("swin_base", "swin_base.ms_in1k"),
+        ("swin_base.ms_in22k_ft_in1k", "swin_base.ms_in22k_ft_in1k"),
+        ("swin_large", "swin_large.ms_in22k_ft_in1k"),
+        ("hf-hub:timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
+        ("timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
+    ],
+)
+def test_rows_are_found_by_every_name(text: str, name: str) -> None:
+    row = find(text)
+    assert row is not None
+    assert row.name == name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nat",
+        "nat_mini.",
+        "nat_mini.in22k",
+        "model.safetensors",
+        "https://example.org/nat_mini.pth",
+        "weights/nat_mini",
+        "hf-hub:timm/nat_mini",
+    ],
+)
+def test_what_is_not_published_is_not_found(text: str) -> None:
+    assert find(text) is None
+
+
+def test_typos_have_near_matches() -> None:
+    assert near_matches("nat_mni")[0] == "nat_mini"
+    assert "swin_base.ms_in22k" in near_matches("swin_base.ms_in22")
+    assert "dinat_large_in22k_224.pth" in near_matches("x/dinat_large_22k_224.pth")
+    assert near_matches("qqqqqqqq") == []

@@ -1,0 +1,168 @@
+"""Every configuration file is composed and checked; mistakes in one are errors that name the key."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+from nearfield import list_models
+from nearfield.engine import check, door
+from nearfield.engine.config import EvalConfig, TrainConfig
+from nearfield.engine.errors import ConfigError
+
+FILES = sorted(door.CONFIGS.rglob("*.yaml"))
+GROUPS = sorted({path.parent.name for path in FILES if path.parent != door.CONFIGS} - {"local"})
+EXPERIMENTS = sorted(path.stem for path in (door.CONFIGS / "experiment").glob("*.yaml"))
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (door.CONFIGS / group).glob("*.yaml"))
+
+
+def test_the_groups_are_those_of_the_design() -> None:
+    wanted = "model data optim sched aug task trainer logger paths hardware experiment debug"
+    assert set(GROUPS) == set(wanted.split())
+    assert set(options("debug")) == {"fdr", "overfit", "limit", "profiler"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(door.CONFIGS)))
+def test_a_file_opens_with_a_comment_that_says_what_it_is(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line != "# @package _global_"]
+    assert lines[0].startswith("# ")
+    assert len(lines[0]) > 20
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(door.CONFIGS)))
+def test_a_file_is_composed_and_checked(path: Path) -> None:
+    group = path.parent.name
+    if path.parent == door.CONFIGS:
+        kind = {"eval": EvalConfig}.get(path.stem, TrainConfig)
+        config = door.compose("eval" if kind is EvalConfig else "train", kind)
+    else:
+        config = door.compose("train", TrainConfig, [f"{group}={path.stem}"])
+    again = check.build(type(config), yaml.safe_load(door.to_yaml(config)))
+    assert again == config
+
+
+@pytest.mark.parametrize("group", ["data", "hardware", "paths", "task", "model"])
+def test_eval_takes_every_option_of_its_groups(group: str) -> None:
+    for option in options(group):
+        assert isinstance(door.compose("eval", EvalConfig, [f"{group}={option}"]), EvalConfig)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_is_a_full_recipe_with_its_source(name: str) -> None:
+    text = (door.CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    assert "# Source: github.com/" in text
+    config = door.compose("train", TrainConfig, [f"+experiment={name}"])
+    assert config.model.name in list_models()
+    assert config.model.name == name.removesuffix("_imagenet").removesuffix("_finetune")
+    assert config.model.drop_path_rate is not None
+    assert config.data.name == "folder"
+    assert config.trainer.epochs in (30, 300)
+    assert config.optim.lr_base_size in (512, 1024)
+
+
+def test_the_experiments_are_those_that_were_promised() -> None:
+    wanted = {f"{family}_{size}_imagenet" for family in ("nat", "dinat") for size in ("mini", "tiny", "small", "base")}
+    wanted |= {f"{family}_{size}_imagenet" for family in ("dinat_s", "swin") for size in ("tiny", "small", "base")}
+    assert wanted | {"dinat_large_384_finetune", "swin_base_384_finetune"} == set(EXPERIMENTS)
+
+
+def test_published_rates_come_out_at_the_published_batch() -> None:
+    from nearfield.engine.optim import lr_scale
+
+    nat = door.compose("train", TrainConfig, ["experiment=nat_tiny_imagenet"])
+    assert nat.optim.lr * lr_scale(nat.optim, 1024) == pytest.approx(1e-3)
+    assert nat.optim.decay_bias_tables
+    swin = door.compose("train", TrainConfig, ["experiment=swin_tiny_imagenet"])
+    assert swin.optim.lr * lr_scale(swin.optim, 1024) == pytest.approx(1e-3)
+    assert swin.sched.min_lr * lr_scale(swin.optim, 1024) == pytest.approx(1e-5)
+    assert not swin.optim.decay_bias_tables
+
+
+def test_a_debug_group_lies_on_top_of_an_experiment() -> None:
+    for order in (["debug=fdr", "+experiment=nat_tiny_imagenet"], ["experiment=nat_tiny_imagenet", "debug=fdr"]):
+        config = door.compose("train", TrainConfig, order)
+        assert (config.model.name, config.data.name, config.trainer.epochs) == ("nat_tiny", "synthetic", 1)
+
+
+def test_the_command_line_lies_on_top_of_everything() -> None:
+    config = door.compose(
+        "train", TrainConfig, ["+experiment=nat_tiny_imagenet", "debug=fdr", "trainer.epochs=3", "model=nat_mini"]
+    )
+    assert (config.trainer.epochs, config.model.name) == (3, "nat_mini")
+
+
+@pytest.mark.parametrize("name", ["nat_nano", "swin_tiny.ms_in1k", "resnet18"])
+def test_model_takes_any_name(name: str) -> None:
+    assert door.compose("train", TrainConfig, [f"model={name}"]).model.name == name
+
+
+def test_every_key_can_be_set_even_those_no_file_mentions() -> None:
+    for key in check.known_keys(TrainConfig):
+        assert check.locate(TrainConfig, key) is None
+    config = door.compose(
+        "train", TrainConfig, ["trainer.clip_mode=agc", "optim.betas=[0.9,0.95]", "model.kwargs.mlp_ratio=3"]
+    )
+    assert config.trainer.clip_mode == "agc"
+    assert config.optim.betas == [0.9, 0.95]
+    assert config.model.kwargs == {"mlp_ratio": 3}
+
+
+WRONG = {
+    "trainer.epochss=3": ["trainer.epochss", "no such key", "'epochs'", "allowed there"],
+    "epochs=3": ["top level", "'trainer.epochs'"],
+    "+foo.bar=1": ["foo.bar", "no such key"],
+    "trainer.epochs=many": ["trainer.epochs", "'many'", "whole number"],
+    "trainer.epochs=2.5": ["trainer.epochs", "2.5", "whole number"],
+    "trainer.ema=1": ["trainer.ema", "true or false"],
+    "optim.lr=-1": ["optim.lr", "at least 0"],
+    "optim.betas=0.9": ["optim.betas", "a list"],
+    "optim.betas=[0.9,x]": ["optim.betas[1]", "a number"],
+    "sched.name=cosin": ["sched.name", "'cosine'", "allowed"],
+    "logger.names=[csv]": ["logger.names", "tensorboard, wandb"],
+    "model.name=null": ["model.name", "null is not allowed"],
+    "data.num_classes=0": ["data.num_classes", "at least 1"],
+    "trainer=3": ["trainer=3", "no such option", "default, imagenet"],
+    "data=imagnet": ["data=imagnet", "'imagenet'"],
+    "experiment=nat_tinny": ["experiment=nat_tinny", "'nat_tiny_imagenet'"],
+    "model": ["'model'", "KEY=VALUE"],
+    "trainer.epochs=[1": ["trainer.epochs"],
+    "paths.runs=${paths.nope}": ["paths.nope"],
+    "data.mean={a: 1}": ["data.mean"],
+    "model.kwargs=3": ["model.kwargs", "group of keys"],
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_override_is_one_line_that_names_it(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        door.compose("train", TrainConfig, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in WRONG[override]:
+        assert part in message
+
+
+def test_a_key_that_a_file_gets_wrong_is_found_too() -> None:
+    with pytest.raises(ConfigError, match=r"data\.batchsize: no such key in data \(did you mean 'batch_size'\?\)"):
+        check.build(TrainConfig, {"data": {"batchsize": 3}})
+    with pytest.raises(ConfigError, match="not a group of keys"):
+        check.build(TrainConfig, {"data": 3})
+
+
+def test_defaults_of_the_dataclasses_pass_their_own_check() -> None:
+    for kind in (TrainConfig, EvalConfig):
+        assert check.build(kind, dataclasses.asdict(kind())) == kind()
+
+
+def test_names_of_optimizers_and_models_in_the_files_exist() -> None:
+    from timm.optim import list_optimizers
+
+    for option in options("optim"):
+        assert door.compose("train", TrainConfig, [f"optim={option}"]).optim.name in list_optimizers()
+    assert timm.is_model("nat_nano")

@@ -1,0 +1,270 @@
+"""State dicts of every layout into models that fit them, nearly fit them, or do not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nearfield
+import pytest
+import timm
+import torch
+from nearfield import checkpoints
+from nearfield.models import Backbone, export_state_dict, models_that_fit
+from torch import nn
+
+Small = Callable[..., Backbone]
+
+
+def randomised(model: Any) -> Any:
+    with torch.no_grad():
+        for p in model.parameters():
+            nn.init.normal_(p)
+    return model
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_every_layout_round_trips_bit_for_bit(member: str, small: Small) -> None:
+    model = randomised(small(member))
+    assert model.layouts
+    for layout in model.layouts:
+        theirs = export_state_dict(model, layout.name)
+        assert [known.name for known in model.layouts if known.recognises(theirs)] == [layout.name]
+        assert not any(known.recognises(model.state_dict()) for known in model.layouts)
+        assert not theirs.keys() & {key for key in model.state_dict() if key.startswith("stages.")}
+        other = small(member)
+        other.load_state_dict(theirs)
+        assert same(model, other)
+
+
+def test_unknown_layout_is_an_error_with_the_known_ones(small: Small) -> None:
+    with pytest.raises(ValueError, match=r"'google'.*microsoft, timm"):
+        export_state_dict(small("swin_tiny"), "google")
+
+
+def test_weights_of_timms_own_swin_give_timms_logits() -> None:
+    kwargs = {
+        "img_size": 64,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (1, 2),
+        "window_size": 4,
+        "num_classes": 5,
+    }
+    theirs = randomised(timm.create_model("swin_tiny_patch4_window7_224", **kwargs)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(0.3)
+    ours = nearfield.create_model("swin_tiny", **kwargs).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_our_own_keys_load_under_a_prefix_and_in_wrappers(small: Small, tmp_path: Path) -> None:
+    model = randomised(nearfield.create_model("nat_nano", num_classes=10))
+    path = tmp_path / "run.pth"
+    for content in (
+        {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}},
+        {"model": {f"_orig_mod.{key}": value for key, value in model.state_dict().items()}, "epoch": 1},
+        dict(model.state_dict()),
+    ):
+        torch.save(content, path)
+        # the file decides the number of classes when the caller does not
+        assert same(model, nearfield.create_model("nat_nano", checkpoint_path=path))
+    checkpoints.save(model.state_dict(), tmp_path / "run.safetensors")
+    assert same(model, nearfield.create_model("nat_nano", checkpoint_path=tmp_path / "run.safetensors"))
+    # nothing in the file becomes the model's buffer or alias
+    detector = nn.ModuleDict({"backbone": nearfield.create_model("nat_nano", num_classes=10)})
+    detector.load_state_dict({f"backbone.{key}": value for key, value in model.state_dict().items()})
+    assert same(detector["backbone"], model)
+
+
+def test_input_channels_follow_the_file_or_are_adapted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "grey.pth"
+    grey = randomised(nearfield.create_model("nat_nano", num_classes=10, in_chans=1))
+    torch.save(grey.state_dict(), path)
+    assert same(grey, nearfield.create_model("nat_nano", checkpoint_path=path))
+    with caplog.at_level(logging.INFO, "nearfield.models"):
+        colour = nearfield.create_model("nat_nano", checkpoint_path=path, in_chans=3)
+    assert ["from 1 to 3 input channels" in record.getMessage() for record in caplog.records] == [True]
+    assert torch.allclose(colour.stem.conv1.weight.sum(1), grey.stem.conv1.weight.sum(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("route", ["nearfield", "timm", "load_state_dict"])
+@pytest.mark.parametrize("published", [True, False])
+def test_tables_of_another_size_are_resized_with_one_log_line(
+    route: str, published: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "k5.pth"
+    model = randomised(nearfield.create_model("nat_nano", num_classes=10))
+    torch.save(export_state_dict(model, "shi-labs") if published else model.state_dict(), path)
+    kwargs = {"kernel_size": (7, 5, 3), "num_classes": 10}
+    with caplog.at_level(logging.INFO, "nearfield.models"):
+        if route == "load_state_dict":
+            other = nearfield.create_model("nat_nano", **kwargs)
+            other.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            create = nearfield.create_model if route == "nearfield" else timm.create_model
+            other = create("nat_nano", checkpoint_path=path, **kwargs)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "nearfield.models"]
+    assert "2 from 9x9 to 13x13" in line
+    for j in (0, 1):
+        table = model.stages[0].blocks[j].attn.rel_pos_bias
+        expected = nearfield.ops.resize_table(table, (13, 13))
+        assert torch.equal(other.stages[0].blocks[j].attn.rel_pos_bias, expected)
+    assert torch.equal(other.stages[1].blocks[0].attn.rel_pos_bias, model.stages[1].blocks[0].attn.rel_pos_bias)
+
+
+def test_a_window_that_is_not_square_keeps_its_published_table(small: Small) -> None:
+    model = randomised(small("swin_tiny", window_size=(3, 6)))
+    for layout in ("microsoft", "timm"):
+        other = small("swin_tiny", window_size=(3, 6))
+        other.load_state_dict(export_state_dict(model, layout))
+        assert same(model, other)
+
+
+def assert_mismatch(error: BaseException, *words: str) -> None:
+    assert isinstance(error, checkpoints.CheckpointMismatch)
+    assert isinstance(error, RuntimeError)
+    assert all(word in str(error) for word in words), str(error)
+
+
+def test_a_file_of_another_model_names_keys_shapes_and_the_models_that_fit(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    state = export_state_dict(nearfield.create_model("nat_mini"), "shi-labs")
+    torch.save({"model": state}, path)
+    for load in (
+        lambda: nearfield.create_model("nat_tiny", checkpoint_path=path),
+        lambda: timm.create_model("nat_tiny", checkpoint_path=path),
+        lambda: nearfield.create_model("nat_tiny").load_state_dict(state),
+    ):
+        with pytest.raises(checkpoints.CheckpointMismatch) as caught:
+            load()
+        # twins that only their dilations tell apart
+        assert_mismatch(caught.value, "nat_tiny", "stages.2.blocks.6.norm1.weight", "fits nat_mini, dinat_mini")
+    with pytest.raises(checkpoints.CheckpointMismatch) as caught:
+        nearfield.create_model("nat_small", checkpoint_path=path)
+    assert_mismatch(caught.value, "stem.norm.weight", "(64,)", "(96,)")
+    with pytest.raises(checkpoints.CheckpointMismatch) as caught:
+        nearfield.create_model("swin_tiny", features_only=True, checkpoint_path=path)
+    assert_mismatch(caught.value, "fits nat_mini, dinat_mini")
+
+
+def test_a_missing_or_unexpected_key_is_never_overlooked(small: Small) -> None:
+    model = small("swin_tiny")
+    for layout in ("microsoft", "timm"):
+        state = export_state_dict(model, layout)
+        with pytest.raises(checkpoints.CheckpointMismatch) as caught:
+            small("swin_tiny").load_state_dict({**state, "layers.0.blocks.0.extra": torch.zeros(1)})
+        assert_mismatch(caught.value, "stages.0.blocks.0.extra")
+        del state["layers.1.blocks.0.attn.qkv.bias"]
+        with pytest.raises(checkpoints.CheckpointMismatch) as caught:
+            small("swin_tiny").load_state_dict(state)
+        assert_mismatch(caught.value, "lacks 1 key", "stages.1.blocks.0.attn.qkv.bias")
+    result = small("swin_tiny").load_state_dict(state, strict=False)
+    assert result.missing_keys == ["stages.1.blocks.0.attn.qkv.bias"]
+    assert result.unexpected_keys == []
+
+
+def test_another_class_count_is_an_error_outside_create_model() -> None:
+    state = nearfield.create_model("nat_nano", num_classes=10).state_dict()
+    with pytest.raises(checkpoints.CheckpointMismatch) as caught:
+        nearfield.create_model("nat_nano").load_state_dict(state)
+    assert_mismatch(caught.value, "head.fc.weight", "(10, 96)", "nat_nano made with num_classes=10, in_chans=3")
+
+
+def test_another_class_count_draws_a_new_head_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "file.pth"
+    model = nearfield.create_model("nat_nano", num_classes=10)
+    torch.save(export_state_dict(model, "shi-labs"), path)
+    with caplog.at_level(logging.INFO, "nearfield.models"):
+        other = nearfield.create_model("nat_nano", checkpoint_path=path, num_classes=4)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "nearfield.models"]
+    assert "10 classes" in line
+    assert "4 classes" in line
+    assert other.num_classes == 4
+    assert other.head.fc.weight.shape == (4, 96)
+    assert other.head.fc.weight.std() > 0
+    bodies = [{k: v for k, v in m.state_dict().items() if not k.startswith("head.fc")} for m in (model, other)]
+    assert all(torch.equal(value, bodies[1][key]) for key, value in bodies[0].items())
+    assert models_that_fit(nearfield.create_model("nat_nano", checkpoint_path=path, num_classes=0).state_dict())
+
+
+def test_a_published_cfg_is_checked_strictly_though_timm_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.pth"
+    state = nearfield.create_model("nat_nano").state_dict()
+    del state["norm.bias"]
+    torch.save(state, path)
+    with pytest.raises(checkpoints.CheckpointMismatch) as caught:
+        # timm loads loosely as soon as the number of classes differs
+        timm.create_model("nat_nano", pretrained=True, pretrained_cfg_overlay={"file": str(path)}, num_classes=3)
+    assert_mismatch(caught.value, "norm.bias")
+
+
+def test_files_that_fit_are_found_by_content(small: Small) -> None:
+    with torch.device("meta"):
+        swin = nearfield.create_model("swin_small", num_classes=3, in_chans=1)
+        for layout in ("microsoft", "timm"):
+            assert models_that_fit(export_state_dict(swin, layout)) == ["swin_small"]
+        # in our own names another attention in the same body is a twin too
+        assert models_that_fit(swin.state_dict()) == ["dinat_s_small", "swin_small"]
+        assert models_that_fit(nearfield.create_model("dinat_small").state_dict()) == ["dinat_small"]
+        assert models_that_fit(nearfield.create_model("dinat_large").state_dict()) == ["dinat_large", "dinat_large_384"]
+    assert models_that_fit({"fc.weight": torch.zeros(2, 2)}) == []
+    assert models_that_fit(small("nat_mini").state_dict()) == []
+
+
+def test_a_checkpoint_that_is_not_there_says_so() -> None:
+    with pytest.raises(checkpoints.CheckpointError, match="no_such_file"):
+        nearfield.create_model("nat_nano", checkpoint_path="no_such_file.pth")
+
+
+def test_the_file_of_a_twin_is_noticed_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "dinat_mini_in1k_224.pth"
+    torch.save(nearfield.create_model("nat_mini").state_dict(), path)
+    for name, lines in (("nat_mini", 1), ("dinat_mini", 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "nearfield.models"):
+            nearfield.create_model(name, checkpoint_path=path)
+        assert ["published for dinat_mini" in record.getMessage() for record in caplog.records] == [True] * lines
+
+
+def test_a_plain_state_dict_with_a_wrapper_prefix_is_taken() -> None:
+    model = randomised(nearfield.create_model("nat_nano"))
+    other = nearfield.create_model("nat_nano")
+    other.load_state_dict({f"module.{key}": value for key, value in model.state_dict().items()})
+    assert same(model, other)
+
+
+def test_a_file_of_another_model_is_named_for_what_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints.save(nearfield.create_model("nat_nano").state_dict(), tmp_path / "a.safetensors")
+    with (
+        caplog.at_level(logging.WARNING, "nearfield.models"),
+        pytest.raises(checkpoints.CheckpointMismatch, match="it fits nat_nano"),
+    ):
+        nearfield.create_model("swin_nano", checkpoint_path=tmp_path / "a.safetensors")
+    assert "resized" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"), [("kernelsize", "did you mean kernel_size"), ("xyz", "it takes .*depths")]
+)
+def test_an_unknown_argument_is_answered_with_the_known_ones(argument: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"nat_nano takes no argument '{argument}': .*{said}"):
+        nearfield.create_model("nat_nano", **{argument: 3})
+
+
+def test_a_pruned_model_takes_one_size_for_each_stage_it_was_made_with() -> None:
+    features = nearfield.create_model("nat_nano", features_only=True, out_indices=(0,))
+    features.set_input_size(kernel_size=(7, 5, 3))
+    assert features.backbone.stages[0].blocks[0].attn.kernel_size == (7, 7)

@@ -1,0 +1,140 @@
+"""Names, tags, timm's registry, and what importing costs."""
+
+from __future__ import annotations
+
+import logging
+
+import nearfield
+import pytest
+import timm
+import torch
+from nearfield.models import catalog, registry
+from nearfield.models.nat import NAT
+from nearfield.models.swin import Swin
+
+NAMES = set(
+    """
+    nat_nano nat_mini nat_tiny nat_small nat_base
+    dinat_nano dinat_mini dinat_tiny dinat_small dinat_base dinat_large dinat_large_384 dinat_large_384_11x11
+    dinat_s_tiny dinat_s_small dinat_s_base dinat_s_large dinat_s_large_384
+    swin_nano swin_tiny swin_small swin_base swin_large swin_base_384 swin_large_384
+    """.split()  # noqa: SIM905 - read as a table
+)
+
+
+def test_lists_the_promised_names() -> None:
+    assert set(nearfield.list_models()) >= NAMES
+    assert nearfield.list_models("nat_*") == ["nat_base", "nat_mini", "nat_nano", "nat_small", "nat_tiny"]
+    assert nearfield.list_models(["swin_t*", "nat_m*"]) == ["nat_mini", "swin_tiny"]
+    assert nearfield.list_models("no_such_*") == []
+
+
+def test_lists_published_files_with_their_tags() -> None:
+    listed = nearfield.list_models(pretrained=True)
+    assert {"nat_tiny.in1k", "swin_base.ms_in22k_ft_in1k"} <= set(listed)
+    assert nearfield.list_models("nat_tiny", pretrained=True) == ["nat_tiny.in1k"]
+    assert not any(name.startswith("nat_nano") for name in listed)
+
+
+@pytest.mark.parametrize("name", nearfield.list_models())
+def test_timm_knows_every_model(name: str) -> None:
+    assert timm.is_model(name)
+    with torch.device("meta"):
+        assert type(timm.create_model(name)) is catalog.get(name).family
+
+
+def test_timm_has_none_of_the_names_itself() -> None:
+    assert registry.not_in_timm == []
+
+
+@pytest.mark.parametrize("name", nearfield.list_models(pretrained=True))
+def test_every_tag_is_made_here_and_by_timm(name: str) -> None:
+    kwargs = {"depths": (1, 1, 1, 1)}
+    if "dilations" in catalog.get(name.partition(".")[0]).kwargs:
+        kwargs["dilations"] = (1, 1, 1, 1)
+    for create in (nearfield.create_model, timm.create_model):
+        with torch.device("meta"):
+            model = create(name, **kwargs)
+        assert ".".join((model.pretrained_cfg["architecture"], model.pretrained_cfg["tag"])) == name
+    assert name in timm.list_models(name.partition(".")[0], pretrained=True)
+
+
+def test_the_first_file_of_the_index_is_the_default() -> None:
+    for name in nearfield.list_models():
+        entries = nearfield.checkpoints.entries(name)
+        if entries:
+            with torch.device("meta"):
+                assert nearfield.create_model(name).pretrained_cfg["tag"] == entries[0].tag
+            assert timm.get_pretrained_cfg(name).tag == entries[0].tag
+
+
+def test_number_of_classes_follows_the_tag() -> None:
+    with torch.device("meta"):
+        assert nearfield.create_model("swin_base.ms_in22k").num_classes == 21841
+        assert nearfield.create_model("swin_base.ms_in22k", num_classes=5).num_classes == 5
+
+
+def test_names_of_timm_alone_go_to_timm() -> None:
+    with torch.device("meta"):
+        model = nearfield.create_model("vit_tiny_patch16_224", num_classes=3, img_size=64)
+    assert model.num_classes == 3
+    assert model.patch_embed.img_size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nat_tinny", ("'nat_tinny'", "did you mean nat_tiny")),
+        ("zzzzzzzz", ("'zzzzzzzz'", "list_models()")),
+        ("nat_tiny.in2k", ("'in2k'", "nat_tiny.in1k")),
+        ("nat_nano.in1k", ("'in1k'", "nothing is published")),
+    ],
+)
+def test_unknown_names_are_one_line_with_what_is_near(name: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="unknown") as error:
+        nearfield.create_model(name)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_pretrained_without_a_published_file_says_so() -> None:
+    with pytest.raises(ValueError, match=r"nothing is published for nat_nano.*checkpoint_path="):
+        nearfield.create_model("nat_nano", pretrained=True)
+
+
+def test_a_name_that_timm_has_is_left_to_timm(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = timm.model_entrypoint("resnet18")
+    monkeypatch.setattr(registry, "not_in_timm", [])
+    monkeypatch.setattr(registry, "_ENTRYPOINTS", dict(registry._ENTRYPOINTS))
+    monkeypatch.setattr(catalog, "_VARIANTS", dict(catalog._VARIANTS))
+    monkeypatch.setitem(globals(), "default_cfgs", {})
+    monkeypatch.setitem(globals(), "resnet18", None)
+    registry.register(__name__, Swin, {"resnet18": {"embed_dim": 16, "num_heads": (1, 2, 4, 8)}})
+    assert registry.not_in_timm == ["resnet18"]
+    assert timm.model_entrypoint("resnet18") is theirs
+    with torch.device("meta"):
+        assert isinstance(nearfield.create_model("resnet18"), Swin)
+        assert not isinstance(timm.create_model("resnet18"), Swin)
+    with caplog.at_level(logging.WARNING):
+        registry.warn_about_names()
+    assert [record.getMessage().count("resnet18") for record in caplog.records] == [1]
+
+
+def test_arguments_of_the_constructor_pass_through() -> None:
+    with torch.device("meta"):
+        model = nearfield.create_model(
+            "nat_mini",
+            depths=(1, 1, 1, 1),
+            embed_dim=32,
+            num_heads=2,
+            kernel_size=5,
+            layer_scale=None,
+            img_size=(64, 96),
+        )
+    assert isinstance(model, NAT)
+    assert model.img_size == (64, 96)
+    assert model.feature_info[-1]["num_chs"] == 256
+    with pytest.raises(TypeError, match="kernel"):
+        nearfield.create_model("nat_mini", kernel=5)

@@ -1,0 +1,121 @@
+"""The schedule cache: bounded, least recently used out first, nothing born in inference mode."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from nearfield.ops import HilbertWindow, Neighborhood, cache, local_attention
+from nearfield.ops.cache import TensorCache
+from torch import Tensor
+
+
+def kilobyte() -> Tensor:
+    return torch.zeros(256)
+
+
+def test_a_tensor_is_built_once() -> None:
+    cache, built = TensorCache(1 << 20), []
+    for _ in range(3):
+        cache.get("a", lambda: (built.append(1), kilobyte())[1])
+    assert built == [1]
+    assert cache.get("a", kilobyte) is cache.get("a", kilobyte)
+    assert cache.nbytes == 1024
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    cache = TensorCache(3 * 1024)
+    kept = {key: cache.get(key, kilobyte) for key in "abc"}
+    cache.get("a", kilobyte)  # b is now the oldest
+    cache.get("d", kilobyte)
+    assert cache.nbytes == 3 * 1024
+    assert cache.get("a", kilobyte) is kept["a"]
+    assert cache.get("c", kilobyte) is kept["c"]
+    assert cache.get("b", kilobyte) is not kept["b"]
+
+
+def test_bytes_never_exceed_the_bound() -> None:
+    cache = TensorCache(10_000)
+    for i in range(200):
+        cache.get(i, lambda i=i: torch.zeros(7 * i, dtype=torch.int64))
+        assert 0 <= cache.nbytes <= 10_000
+    assert cache.nbytes > 0
+
+
+def test_one_larger_than_the_cache_is_given_but_not_kept() -> None:
+    cache = TensorCache(1000)
+    small = cache.get("small", lambda: torch.zeros(8))
+    assert cache.get("large", kilobyte).numel() == 256
+    assert cache.nbytes == 32
+    assert cache.get("small", kilobyte) is small
+
+
+def test_views_count_their_own_elements_and_every_dtype_its_size() -> None:
+    cache = TensorCache(1 << 20)
+    cache.get("long", lambda: torch.zeros(10, dtype=torch.int64))
+    cache.get("byte", lambda: torch.zeros(10, dtype=torch.uint8))
+    assert cache.nbytes == 90
+
+
+def test_clear_forgets_everything() -> None:
+    cache = TensorCache(1 << 20)
+    first = cache.get("a", kilobyte)
+    cache.clear()
+    assert cache.nbytes == 0
+    assert cache.get("a", kilobyte) is not first
+
+
+def test_a_failing_build_leaves_the_cache_usable() -> None:
+    cache = TensorCache(1 << 20)
+
+    def fail() -> Tensor:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        cache.get("a", fail)
+    assert cache.nbytes == 0
+    assert cache.get("a", kilobyte).numel() == 256
+
+
+def test_tensors_made_under_inference_mode_can_be_trained_with() -> None:
+    cache = TensorCache(1 << 20)
+    with torch.inference_mode():
+        assert not cache.get("a", kilobyte).is_inference()
+    weight = torch.randn(256, requires_grad=True)
+    (weight * cache.get("a", kilobyte)).sum().backward()
+
+
+def test_threads_share_one_cache() -> None:
+    cache, wrong = TensorCache(50 * 1024), []
+
+    def work(seed: int) -> None:
+        for i in range(300):
+            key = (i * 7 + seed) % 90
+            if cache.get(key, lambda key=key: torch.full((256,), float(key)))[0].item() != key:
+                wrong.append(key)
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert cache.nbytes <= 50 * 1024
+    assert cache.nbytes == sum(t.numel() * 4 for t in cache._tensors.values())
+
+
+def test_the_operators_cache_is_bounded_and_holds_nothing_of_a_parameter() -> None:
+    assert cache.SCHEDULES.max_bytes <= 256 << 20
+    cache.SCHEDULES.clear()
+    q, table = torch.randn(1, 9, 9, 1, 8), torch.randn(1, 5, 5)
+    local_attention(q, q, q, Neighborhood(3), bias=table)
+    first = local_attention(q, q, q, HilbertWindow(9), bias=torch.zeros(1, 17, 17))
+    held = cache.SCHEDULES.nbytes
+    assert held > 0
+    other = local_attention(q, q, q, Neighborhood(3), bias=table.add_(1.0) * torch.arange(25).view(1, 5, 5))
+    want = local_attention(q, q, q, Neighborhood(3), bias=table * torch.arange(25).view(1, 5, 5), backend="reference")
+    torch.testing.assert_close(other, want)
+    assert cache.SCHEDULES.nbytes == held  # another table, same schedule
+    moved = local_attention(q, q, q, HilbertWindow(9), bias=torch.randn(1, 17, 17))
+    assert not torch.allclose(first, moved)
