@@ -124,6 +124,18 @@ def test_class_folders_are_read_with_the_model_s_transform(tmp_path: Path, val: 
     assert inputs.mean((2, 3)).argmax(1).tolist() == labels.tolist()
 
 
+def test_every_operation_of_the_published_augmentation_runs_at_every_magnitude() -> None:
+    """Pillow 13 refuses the strongest posterize of timm's RandAugment, which a run draws only now and then."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    policy = rand_augment_transform("rand-m9-mstd0.5-inc1", {"translate_const": 10, "img_mean": (128, 128, 128)})
+    for operation in policy.ops:
+        operation.prob, operation.magnitude_std = 1.0, 0.0
+        for magnitude in range(11):
+            operation.magnitude = magnitude
+            assert operation(picture(0, 0)).size == (48, 40), (operation.name, magnitude)
+
+
 def test_evaluation_prepares_images_as_timm_does(tmp_path: Path) -> None:
     from timm.data import create_transform, resolve_data_config
 
