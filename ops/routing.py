@@ -17,7 +17,7 @@ from torch import Tensor
 from .patterns import Size
 from .tile_math import attend, dropout_masks, own_precision, score_gradients
 
-__all__ = ["Regions", "backward", "cut_regions", "forward", "route"]
+__all__ = ["Regions", "backward", "cut_regions", "forward", "inverse_lists", "route"]
 
 GATHER_BYTES = 8 << 20  # gathered keys and values held at a time
 
@@ -108,6 +108,21 @@ def route(q: Tensor, k: Tensor, regions: Regions, topk: int) -> Tensor:
     with own_precision(q.device):
         scores = means(q) @ means(k).transpose(1, 2)
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk].contiguous()
+
+
+def inverse_lists(routes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """For every key region the query regions that chose it, in raster order.
+
+    Args:
+        routes: (B, regions, topk) int64. count: number of regions.
+
+    Returns:
+        chosen_by (B, regions * topk) int64, and bounds (B, regions + 1) int32: those of key region s of image b are
+        chosen_by[b, bounds[b, s]:bounds[b, s + 1]].
+    """
+    ordered, places = routes.flatten(1).sort(dim=1, stable=True)
+    wanted = torch.arange(count + 1, device=routes.device).expand(routes.shape[0], -1).contiguous()
+    return places // routes.shape[2], torch.searchsorted(ordered, wanted).int()
 
 
 def _chunks(q: Tensor, routes: Tensor, regions: Regions) -> Iterator[tuple[int, slice]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .patterns import Axis, Pattern, resolve
 
-__all__ = ["Band", "Plan", "Span", "Tile", "TileShape", "axis_bands", "make_plan", "waste"]
+__all__ = ["Band", "Plan", "Span", "Tile", "TileShape", "axis_bands", "inverse_axis", "make_plan", "waste"]
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,27 @@ def _batched(bands: list[Band], keys: int) -> Iterator[Band]:
             else:
                 yield replace(head, count=len(taken), query_spacing=spacing[0], key_spacing=spacing[1])
             group = [b for b in group if all(b is not t for t in taken)]
+
+
+def inverse_axis(axis: Axis) -> Axis:
+    """The same pairs seen from the keys: the queries that see key j are `start[j] <= i < stop[j]`, `step` apart.
+
+    Intervals are monotone within a residue class, so the queries of a key are an interval again. Keys outside the map,
+    which zero padding makes, have no row here. Origins are not those of the pattern: displacements are taken from it.
+    """
+    starts, stops = np.zeros(axis.keys, dtype=np.int64), np.zeros(axis.keys, dtype=np.int64)
+    residue, keys = axis.start % axis.step, np.arange(axis.keys)
+    for r in range(axis.step):
+        queries = np.flatnonzero(residue == r)
+        members = keys[keys % axis.step == r]
+        if not len(queries) or not len(members):
+            continue
+        first = np.searchsorted(axis.stop[queries], members, side="right")
+        past = np.maximum(np.searchsorted(axis.start[queries], members, side="right"), first)
+        # A key that nobody sees keeps an empty interval in its own residue class.
+        starts[members] = queries[np.minimum(first, len(queries) - 1)]
+        stops[members] = np.where(past > first, queries[past - 1] + 1, starts[members])
+    return Axis(starts, stops, axis.step, keys, 0, axis.queries, keys, 0)
 
 
 def waste(rows: tuple[Band, ...], columns: tuple[Band, ...]) -> float:

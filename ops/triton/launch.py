@@ -1,0 +1,131 @@
+"""How tensors reach the kernels: strides as compile-time constants, alignment, precision, device.
+
+Kernels address a token by its number in the map, so rows of a map must follow each other at the distance of its width
+(packed projections and channels-last maps do). Anything else is copied once, with a notice.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cache import SCHEDULES
+
+__all__ = ["Strides", "constants", "empty_like_map", "interpreting", "keep_for_graphs", "power_of_two", "precision",
+           "readable", "refusal", "units"]  # fmt: skip
+
+VECTOR = 8  # elements of 16 bytes in half precision: strides are multiples of it where kernels load whole vectors
+MOST_HEAD_DIM = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_captured: list[Any] = []
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusal(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, in one line; None where they can."""
+    if q.device.type != "cuda" and not interpreting():
+        return (
+            f"backend 'triton' needs CUDA tensors, got {q.device.type}: move them, choose backend='torch', or set "
+            "TRITON_INTERPRET=1 to interpret the kernels"
+        )
+    if q.dtype not in DTYPES:
+        return f"backend 'triton' takes float16, bfloat16 and float32, got {q.dtype}: choose backend='torch'"
+    if max(q.shape[-1], v.shape[-1]) > MOST_HEAD_DIM:
+        return f"backend 'triton' takes head_dim <= {MOST_HEAD_DIM}, got {max(q.shape[-1], v.shape[-1])}: choose 'torch'"
+    return None
+
+
+class Strides(NamedTuple):
+    """Elements from one image, token and head to the next."""
+
+    image: int
+    token: int
+    head: int
+
+
+def _strides(t: Tensor) -> Strides | None:
+    """Strides of a (B, H, W, heads, d) map, None where no single token stride describes it."""
+    batch, height, width, heads, d = t.shape
+    image, row, column, head, channel = t.stride()
+    token = column if width > 1 else row
+    if height > 1 and width > 1 and row != width * column:
+        return None
+    if height == 1 and width == 1:
+        token = heads * d
+    found = Strides(image if batch > 1 else 0, token, head if heads > 1 else d)
+    broadcast = min(found.token, found.head) < 1 or (batch > 1 and found.image < 1)
+    return None if broadcast or (d > 1 and channel != 1) else found
+
+
+def readable(t: Tensor, name: str) -> Tensor:
+    """The tensor, or a contiguous copy where kernels cannot address it; says so once."""
+    if _strides(t) is not None and t.data_ptr() % 16 == 0:
+        return t
+    if name != "grad":  # autograd makes its own layouts; nobody can do anything about them
+        warnings.warn(
+            f"nearfield's kernels cannot read {name} of strides {tuple(t.stride())} in place and copy it: give maps whose "
+            "rows follow each other and whose last axis is dense",
+            stacklevel=2,
+        )
+    return t.contiguous()
+
+
+def strides(t: Tensor) -> Strides:
+    """Strides of a tensor that is readable."""
+    found = _strides(t)
+    assert found is not None
+    return found
+
+
+def units(*tensors: Tensor) -> int:
+    """Largest power of two up to a vector that divides every image stride, which kernels take in such units."""
+    return gcd(VECTOR, *(strides(t).image for t in tensors))
+
+
+def constants(**tensors: Tensor) -> dict[str, int]:
+    """TOKEN and HEAD strides of each tensor, by its name in the kernel."""
+    made = {}
+    for name, t in tensors.items():
+        s = strides(t)
+        made |= {f"{name}_TOKEN": s.token, f"{name}_HEAD": s.head}
+    return made
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether offsets inside one image need 64 bits."""
+    return any(t.shape[1] * t.shape[2] * strides(t).token >= 1 << 31 for t in tensors)
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The next power of two, at least what a matrix unit takes."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products are taken: float32 exactly, unless torch.set_float32_matmul_precision allows TF32."""
+    if interpreting():
+        return "widened"
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def keep_for_graphs(device: torch.device, held: Any) -> None:
+    """Never free what a CUDA graph that is being captured reads: a replay would read freed memory."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(held)
+
+
+def cached(key: tuple[Any, ...], device: torch.device, build: Any) -> Any:
+    """What `build` returns, from the schedule cache; kept for good while a CUDA graph is captured."""
+    found = SCHEDULES.get(key, build)
+    keep_for_graphs(device, found)
+    return found

@@ -1,0 +1,253 @@
+"""Tiles with a halo: neighborhoods, dilated and strided ones, slides, halo blocks, curve bands, large windows.
+
+A program holds one tile of resident tokens and streams those they have to do with through it. Forward and dQ hold
+queries and stream keys; dK/dV holds keys and streams the queries that see them, which are intervals again; the bias
+gradient holds one block of (query, key) slots in registers and runs over all tiles of its kind. No atomics anywhere.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import LOG2E, RESIDENT, STREAMED, add_terms, image_base, load_vectors, locate, product, store_vectors
+from .primitives import to_log2
+
+__all__ = ["bias_kernel", "forward_kernel", "key_kernel", "query_kernel"]
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, lse, tiles, resident, streamed, order, bias, codes, rel,
+    batch, tile_count, queries, scale, q_image, k_image, v_image,
+    HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
+    V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, IMAGES: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
+    BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr, NEED_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of one tile of queries and one head, for IMAGES images after each other.
+
+    out: (B, queries, HEADS, DV), lse: (B, queries, HEADS) float32. `scale` multiplies q . k, log2(e) included.
+    """
+    program = tl.program_id(0)
+    head = program % HEADS
+    tile = (program // HEADS) % tile_count
+    first = (program // (HEADS * tile_count)).to(tl.int64) * IMAGES
+    place_m, place_n = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
+    kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    m = tl.arange(0, BLOCK_M)
+    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE)
+    for image in range(first, min(first + IMAGES, batch)):
+        q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
+        k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
+        v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
+        rel_at = rel + image * queries * HEADS * (REL_Y + REL_X)
+        query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False, WIDE)
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        value = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        for start in range(0, count, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            token_n, present_n = locate(tl.load(streamed + kind * STREAMED * SLOTS + n), place_n, order, CURVE)
+            key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
+            score = product(query, tl.trans(key), PRECISION) * scale
+            score = add_terms(
+                score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
+                HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, False, CURVE,
+            )  # fmt: skip
+            higher = tl.maximum(peak, tl.max(score, 1))
+            # A row that has met no key yet is at -inf: subtract 0 there, its weights are 0 then.
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            weight = tl.exp2(score - level[:, None])
+            fade = tl.exp2(peak - level)
+            total = total * fade + tl.sum(weight, 1)
+            values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
+            value = value * fade[:, None] + product(weight.to(values.dtype), values, PRECISION)
+            peak = higher
+        seen = total > 0.0
+        value = value / tl.where(seen, total, 1.0)[:, None]
+        out_at = out + image * queries * (HEADS * DV) + head * DV
+        store_vectors(out_at, token_m, present_m, value, HEADS * DV, DV, BLOCK_DV, WIDE)
+        if NEED_LSE:
+            natural = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) / LOG2E, float("-inf"))
+            tl.store(lse + image * queries * HEADS + token_m * HEADS + head, natural, mask=present_m)
+
+
+@triton.jit
+def query_kernel(
+    grad, q, k, v, out, lse, dq, delta, drel, tiles, resident, streamed, order, bias, codes, rel,
+    batch, tile_count, queries, scale, softmax_scale, g_image, q_image, k_image, v_image, dq_image,
+    HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
+    K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
+    DQ_TOKEN: tl.constexpr, DQ_HEAD: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, IMAGES: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr, KEYS_Y: tl.constexpr,
+    KEYS_X: tl.constexpr,
+    BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries, and delta = sum(grad * out) (B, queries, HEADS) for the other passes.
+
+    With a decomposed bias also drel (B, queries, HEADS, REL_Y + REL_X), the gradient of q . rel, zero on entry.
+    KEYS_Y, KEYS_X: a tile's streamed rows and columns, rounded up to a power of two.
+    """
+    program = tl.program_id(0)
+    head = program % HEADS
+    tile = (program // HEADS) % tile_count
+    first = (program // (HEADS * tile_count)).to(tl.int64) * IMAGES
+    place_m, place_n = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
+    kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    m = tl.arange(0, BLOCK_M)
+    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE)
+    for image in range(first, min(first + IMAGES, batch)):
+        q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
+        k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
+        v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
+        g_at = image_base(grad, image, g_image, UNIT) + head * G_HEAD
+        out_at = out + image * queries * (HEADS * DV) + head * DV
+        rel_at = rel + image * queries * HEADS * (REL_Y + REL_X)
+        sums_at = image * queries * HEADS + token_m * HEADS + head
+        query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False, WIDE)
+        g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)
+        o = load_vectors(out_at, token_m, present_m, HEADS * DV, DV, BLOCK_DV, False, WIDE)
+        shift = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        tl.store(delta + sums_at, shift, mask=present_m)
+        level = to_log2(tl.load(lse + sums_at))
+        gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if BIAS == "decomposed":
+            rel_y = tl.zeros([BLOCK_M, KEYS_Y], tl.float32)
+            rel_x = tl.zeros([BLOCK_M, KEYS_X], tl.float32)
+        for start in range(0, count, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            token_n, present_n = locate(tl.load(streamed + kind * STREAMED * SLOTS + n), place_n, order, CURVE)
+            key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
+            score = product(query, tl.trans(key), PRECISION) * scale
+            score = add_terms(
+                score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
+                HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, False, CURVE,
+            )  # fmt: skip
+            values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
+            ds = tl.exp2(score - level[:, None]) * (product(g, tl.trans(values), PRECISION) - shift[:, None])
+            gradient += product(ds.to(key.dtype), key, PRECISION)
+            if BIAS == "decomposed":
+                at = streamed + kind * STREAMED * SLOTS + n
+                in_row = tl.load(at + SLOTS)[:, None] == tl.arange(0, KEYS_Y)[None, :]
+                in_column = tl.load(at + 2 * SLOTS)[:, None] == tl.arange(0, KEYS_X)[None, :]
+                rel_y += product(ds.to(key.dtype), in_row.to(key.dtype), PRECISION)
+                rel_x += product(ds.to(key.dtype), in_column.to(key.dtype), PRECISION)
+        dq_at = image_base(dq, image, dq_image, UNIT) + head * DQ_HEAD
+        store_vectors(dq_at, token_m, present_m, gradient * softmax_scale, DQ_TOKEN, D, BLOCK_D, WIDE)
+        if BIAS == "decomposed":
+            own = resident + kind * RESIDENT * BLOCK_M + m
+            row = drel + image * queries * HEADS * (REL_Y + REL_X)
+            row = row + ((token_m * HEADS + head) * (REL_Y + REL_X))[:, None]
+            at_y = tl.load(own + 6 * BLOCK_M)[:, None] + tl.arange(0, KEYS_Y)[None, :]
+            at_x = tl.load(own + 7 * BLOCK_M)[:, None] + tl.arange(0, KEYS_X)[None, :]
+            tl.store(row + at_y, rel_y, mask=present_m[:, None] & (at_y >= 0) & (at_y < REL_Y))
+            tl.store(row + REL_Y + at_x, rel_x, mask=present_m[:, None] & (at_x >= 0) & (at_x < REL_X))
+
+
+@triton.jit
+def key_kernel(
+    grad, q, k, v, lse, delta, dk, dv, tiles, resident, streamed, order, bias, codes, rel,
+    batch, tile_count, queries, scale, softmax_scale, g_image, q_image, k_image, v_image, dk_image, dv_image,
+    HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
+    K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
+    DK_TOKEN: tl.constexpr, DK_HEAD: tl.constexpr, DV_TOKEN: tl.constexpr, DV_HEAD: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, IMAGES: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
+    BIAS: tl.constexpr, CURVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys, from the queries that see them. Scores are held keys by queries."""
+    program = tl.program_id(0)
+    head = program % HEADS
+    tile = (program // HEADS) % tile_count
+    first = (program // (HEADS * tile_count)).to(tl.int64) * IMAGES
+    place_m, place_n = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
+    kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    m = tl.arange(0, BLOCK_M)
+    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE)
+    for image in range(first, min(first + IMAGES, batch)):
+        q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
+        k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
+        v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
+        g_at = image_base(grad, image, g_image, UNIT) + head * G_HEAD
+        rel_at = rel + image * queries * HEADS * (REL_Y + REL_X)
+        sums_at = image * queries * HEADS + head
+        key = load_vectors(k_at, token_m, present_m, K_TOKEN, D, BLOCK_D, False, WIDE)
+        values = load_vectors(v_at, token_m, present_m, V_TOKEN, DV, BLOCK_DV, False, WIDE)
+        key_gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        value_gradient = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        for start in range(0, count, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            token_n, present_n = locate(tl.load(streamed + kind * STREAMED * SLOTS + n), place_n, order, CURVE)
+            query = load_vectors(q_at, token_n, present_n, Q_TOKEN, D, BLOCK_D, False, WIDE)
+            score = product(key, tl.trans(query), PRECISION) * scale
+            score = add_terms(
+                score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
+                HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, True, CURVE,
+            )  # fmt: skip
+            weight = tl.exp2(score - to_log2(tl.load(lse + sums_at + token_n * HEADS))[None, :])
+            g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False, WIDE)
+            value_gradient += product(weight.to(g.dtype), g, PRECISION)
+            shift = tl.load(delta + sums_at + token_n * HEADS)
+            ds = weight * (product(values, tl.trans(g), PRECISION) - shift[None, :])
+            key_gradient += product(ds.to(query.dtype), query, PRECISION)
+        dk_at = image_base(dk, image, dk_image, UNIT) + head * DK_HEAD
+        dv_at = image_base(dv, image, dv_image, UNIT) + head * DV_HEAD
+        store_vectors(dk_at, token_m, present_m, key_gradient * softmax_scale, DK_TOKEN, D, BLOCK_D, WIDE)
+        store_vectors(dv_at, token_m, present_m, value_gradient, DV_TOKEN, DV, BLOCK_DV, WIDE)
+
+
+@triton.jit
+def bias_kernel(
+    grad, q, k, v, lse, delta, partial, runs, members, tiles, resident, streamed, order, bias, codes, rel,
+    queries, scale, g_image, q_image, k_image, v_image,
+    HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
+    K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Score gradients of one block of a tile's slots, summed over a run of tiles and images.
+
+    partial: (runs, HEADS, BLOCK_M, SLOTS) float32. members: tiles sorted by kind.
+    """
+    program = tl.program_id(0)
+    head = program % HEADS
+    start = (program // HEADS) % (SLOTS // BLOCK_N) * BLOCK_N
+    run = program // (HEADS * (SLOTS // BLOCK_N))
+    kind, begin, count = tl.load(runs + run * 5), tl.load(runs + run * 5 + 1), tl.load(runs + run * 5 + 2)
+    first, items = tl.load(runs + run * 5 + 3).to(tl.int64), tl.load(runs + run * 5 + 4)
+    m, n = tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    offset_m = tl.load(resident + kind * RESIDENT * BLOCK_M + m)
+    offset_n = tl.load(streamed + kind * STREAMED * SLOTS + n)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for item in range(first, first + items):
+        tile, image = tl.load(members + begin + item % count), item // count
+        token_m, present_m = locate(offset_m, tl.load(tiles + tile * 4), order, CURVE)
+        token_n, present_n = locate(offset_n, tl.load(tiles + tile * 4 + 1), order, CURVE)
+        q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
+        k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
+        v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
+        g_at = image_base(grad, image, g_image, UNIT) + head * G_HEAD
+        sums_at = image * queries * HEADS + token_m * HEADS + head
+        query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False, WIDE)
+        key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
+        score = product(query, tl.trans(key), PRECISION) * scale
+        score = add_terms(
+            score, resident, streamed, bias, codes, rel, head, kind, m, n, token_m, token_n,
+            HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, 0, 0, BIAS, False, CURVE,
+        )  # fmt: skip
+        weight = tl.exp2(score - to_log2(tl.load(lse + sums_at))[:, None])
+        g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)
+        values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
+        total += weight * (product(g, tl.trans(values), PRECISION) - tl.load(delta + sums_at)[:, None])
+    row = (run * HEADS + head).to(tl.int64) * BLOCK_M + m
+    tl.store(partial + row[:, None] * SLOTS + n[None, :], total)

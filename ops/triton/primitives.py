@@ -1,0 +1,130 @@
+"""What all kernels share: reading tokens of a strided map, products, and the terms added to scores.
+
+Scores are held in units of log2(e), so that exp2 serves. Slots: `m` for resident tokens, `n` for streamed ones.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import schedule
+
+__all__ = ["add_terms", "load_vectors", "locate", "product", "store_vectors", "to_log2"]
+
+ABSENT = tl.constexpr(schedule.ABSENT)
+LOG2E = tl.constexpr(1.4426950408889634)
+RESIDENT = tl.constexpr(len(schedule.RESIDENT_FIELDS))
+STREAMED = tl.constexpr(len(schedule.STREAMED_FIELDS))
+
+
+@triton.jit
+def locate(offset, place, order, CURVE: tl.constexpr):
+    """Tokens of slots whose offsets from `place` are given, and which slots have one; the others get the token there."""
+    present = offset > ABSENT
+    token = place + tl.where(present, offset, 0)
+    if CURVE:
+        token = tl.load(order + token)
+    return token, present
+
+
+@triton.jit
+def image_base(pointer, image, stride, UNIT: tl.constexpr):
+    """Pointer to one image (int64) of a batch. `stride` counts UNIT elements: the compiler then sees the alignment."""
+    return pointer + image * stride * UNIT
+
+
+@triton.jit
+def _vector_pointers(pointer, token, TOKEN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        token = token.to(tl.int64)
+    return pointer + token[:, None] * TOKEN + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def load_vectors(
+    pointer, token, present, TOKEN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """(slots, BLOCK): a vector of SIZE channels per token, zeros beyond it and, where MASKED, in slots without one."""
+    at = _vector_pointers(pointer, token, TOKEN, BLOCK, WIDE)
+    if MASKED and SIZE < BLOCK:
+        return tl.load(at, mask=present[:, None] & (tl.arange(0, BLOCK) < SIZE)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(at, mask=present[:, None], other=0.0)
+    elif SIZE < BLOCK:
+        return tl.load(at, mask=(tl.arange(0, BLOCK) < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def store_vectors(
+    pointer, token, present, value, TOKEN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """Store (slots, BLOCK) for the slots that have a token."""
+    at = _vector_pointers(pointer, token, TOKEN, BLOCK, WIDE)
+    mask = present[:, None]
+    if SIZE < BLOCK:
+        mask = mask & (tl.arange(0, BLOCK) < SIZE)[None, :]
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """Matrix product with float32 sums. "widened" serves the interpreter, which does not know bfloat16."""
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def to_log2(natural):
+    """A log-sum-exp in units of log2; rows without a key count as 0, so that exp2(-inf - 0) is 0."""
+    return tl.where(natural == float("-inf"), 0.0, natural * LOG2E)
+
+
+@triton.jit
+def add_terms(
+    score, resident, streamed, bias, codes, rel, head, kind, m, n, token_m, token_n,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, SLOTS: tl.constexpr, ENTRIES: tl.constexpr, CENTRE: tl.constexpr,
+    REL_Y: tl.constexpr, REL_X: tl.constexpr, BIAS: tl.constexpr, INVERSE: tl.constexpr, ONE_AXIS: tl.constexpr,
+):  # fmt: skip
+    """Bias and mask of a tile's scores, by kind of bias.
+
+    "atlas": both are one table per kind of tile and head. All others compare places with the intervals; "gather" takes
+    entries of a displacement table by the sum of two codes, "positions" by the difference of two tokens' codes,
+    "decomposed" takes q . rel of the query's row of `rel`, one entry per axis. INVERSE: resident tokens are keys.
+    """
+    if BIAS == "atlas":
+        row = (kind * HEADS + head) * BLOCK_M + m
+        return score + tl.load(bias + row[:, None] * SLOTS + n[None, :])
+    own = resident + kind * RESIDENT * BLOCK_M + m
+    other = streamed + kind * STREAMED * SLOTS + n
+    y = tl.load(other + SLOTS)[None, :]
+    allowed = (y >= tl.load(own + BLOCK_M)[:, None]) & (y < tl.load(own + 2 * BLOCK_M)[:, None])
+    if not ONE_AXIS:
+        x = tl.load(other + 2 * SLOTS)[None, :]
+        allowed = allowed & (x >= tl.load(own + 3 * BLOCK_M)[:, None]) & (x < tl.load(own + 4 * BLOCK_M)[:, None])
+    if BIAS == "gather":
+        entry = tl.load(own + 5 * BLOCK_M)[:, None] + tl.load(other + 3 * SLOTS)[None, :]
+        term = tl.load(bias + head * ENTRIES + entry, mask=allowed, other=0.0)
+        score += term.to(tl.float32) * LOG2E
+    elif BIAS == "positions":
+        ahead = tl.load(codes + token_n)[None, :] - tl.load(codes + token_m)[:, None]
+        if INVERSE:
+            ahead = -ahead
+        term = tl.load(bias + head * ENTRIES + CENTRE + ahead, mask=allowed, other=0.0)
+        score += term.to(tl.float32) * LOG2E
+    elif BIAS == "decomposed":
+        if INVERSE:
+            row = ((token_n * HEADS + head) * (REL_Y + REL_X))[None, :]
+        else:
+            row = ((token_m * HEADS + head) * (REL_Y + REL_X))[:, None]
+        at_y = tl.load(own + 6 * BLOCK_M)[:, None] + tl.load(other + 4 * SLOTS)[None, :]
+        at_x = tl.load(own + 7 * BLOCK_M)[:, None] + tl.load(other + 5 * SLOTS)[None, :]
+        term_y = tl.load(rel + row + at_y, mask=allowed, other=0.0).to(tl.float32)
+        term_x = tl.load(rel + row + REL_Y + at_x, mask=allowed, other=0.0).to(tl.float32)
+        score += (term_y + term_x) * LOG2E
+    return tl.where(allowed, score, float("-inf"))

@@ -1,0 +1,119 @@
+"""Bi-level routing on Triton: lists or bits, and the launches of both passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..routing import Regions, inverse_lists
+from . import block_sparse
+from .configs import Config, architecture, choose, precision_name
+from .launch import constants, power_of_two, precision, readable, strides, units, wide
+from .local import LOG2_E
+
+__all__ = ["backward", "forward"]
+
+MOST_BITS = 64  # regions of an image that one int64 holds a bit each for
+
+
+class _Call:
+    """Inputs as kernels read them, and the choice between lists of regions and a mask of bits."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, zero_pad: bool, scale: float
+    ) -> None:
+        self.q, self.k, self.v = readable(q, "q"), readable(k, "k"), readable(v, "v")
+        self.routes, self.regions, self.scale = routes.contiguous(), regions, scale
+        self.zero_keys = zero_pad and any(regions.padding)
+        self.batch, self.heads, self.topk = q.shape[0], q.shape[3], routes.shape[2]
+        self.d, self.dv = q.shape[4], v.shape[4]
+        slots = power_of_two(min(regions.tokens, 64))
+        self.configs = {op: self._config(op, slots) for op in ("forward", "query", "key")}
+        self.dense = self._dense(self.configs["forward"])
+        if self.dense:
+            self.configs = {op: self._config(op, 64) for op in self.configs}
+        # A region never lists another twice, so the sum of its bits is their union.
+        bits = torch.ones_like(self.routes).bitwise_left_shift(self.routes).sum(2) if self.dense else self.routes
+        self.chosen = bits
+
+    def _config(self, op: str, slots: int) -> Config:
+        block_d = power_of_two(max(self.d, self.dv))
+        arch = architecture(self.q.device)
+        return choose(f"routing.{op}", arch, precision_name(self.q.dtype), block_d, f"region{slots}")
+
+    def _dense(self, config: Config) -> bool:
+        """Whether masking the whole image computes fewer scores than lists, whose tiles hold one region each."""
+        r, tokens = self.regions, self.regions.height * self.regions.width
+        if r.count > MOST_BITS or self.zero_keys:
+            return False
+
+        def padded(n: int, block: int) -> int:
+            return -(-n // block) * block
+
+        lists = r.count * padded(r.tokens, config.block_m) * padded(self.topk * r.tokens, config.block_n)
+        return padded(tokens, 64) * padded(tokens, config.block_n) < lists
+
+    def tiles(self, config: Config) -> int:
+        """Tiles of one image."""
+        if self.dense:
+            return -(-self.regions.height * self.regions.width // config.block_m)
+        return self.regions.count * -(-self.regions.tokens // config.block_m)
+
+    def programs(self, op: str) -> int:
+        """Programs of a launch."""
+        return self.tiles(self.configs[op]) * self.heads * self.batch
+
+    def common(self, op: str, *outputs: Tensor, **named: Tensor) -> dict[str, Any]:
+        """Constants of a kernel; `named` tensors add their strides."""
+        config, r = self.configs[op], self.regions
+        tensors = (self.q, self.k, self.v, *outputs)
+        return {
+            "HEADS": self.heads, "D": self.d, "DV": self.dv,
+            "BLOCK_D": power_of_two(self.d), "BLOCK_DV": power_of_two(self.dv),
+            "UNIT": units(*tensors), "WIDE": wide(*tensors), "PRECISION": precision(self.q.dtype),
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": self.tiles(config),
+            "REGIONS": r.count, "TOPK": self.topk, "HEIGHT": r.height, "WIDTH": r.width, "ACROSS": r.nx,
+            "SIZE_Y": r.size_y, "SIZE_X": r.size_x, "DENSE": self.dense,
+            "num_warps": config.num_warps, "num_stages": config.num_stages,
+            **constants(Q=self.q, K=self.k, V=self.v, **named),
+        }  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, zero_pad: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, W, h, d_v) and log-sum-exp (B, h, regions, tokens) float32."""
+    call = _Call(q, k, v, routes, regions, zero_pad, scale)
+    out = q.new_empty(*q.shape[:4], call.dv)
+    lse = torch.empty(call.batch, call.heads, regions.count, regions.tokens, dtype=torch.float32, device=q.device)
+    common = call.common("forward")
+    block_sparse.forward_kernel[call.programs("forward"),](
+        call.q, call.k, call.v, out, lse, call.routes, call.chosen, scale * LOG2_E,
+        *(strides(t).image // common["UNIT"] for t in (call.q, call.k, call.v)),
+        ZERO_KEYS=call.zero_keys, **common,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, regions: Regions, zero_pad: bool, scale: float,
+) -> None:  # fmt: skip
+    """Fill dq, dk and dv (all entries are written)."""
+    call = _Call(q, k, v, routes, regions, zero_pad, scale)
+    grad, delta = readable(grad, "grad"), torch.empty_like(lse)
+    common = call.common("query", grad, dq, G=grad, DQ=dq)
+    block_sparse.query_kernel[call.programs("query"),](
+        grad, call.q, call.k, call.v, out, lse, dq, delta, call.routes, call.chosen, scale * LOG2_E, scale,
+        *(strides(t).image // common["UNIT"] for t in (grad, call.q, call.k, call.v, dq)),
+        ZERO_KEYS=call.zero_keys, **common,
+    )  # fmt: skip
+    chosen_by, bounds = (call.routes, call.routes) if call.dense else inverse_lists(call.routes, regions.count)
+    common = call.common("key", grad, dk, dv, G=grad, DK=dk, DV=dv)
+    block_sparse.key_kernel[call.programs("key"),](
+        grad, call.q, call.k, call.v, lse, delta, dk, dv, chosen_by, bounds, call.chosen, scale * LOG2_E, scale,
+        *(strides(t).image // common["UNIT"] for t in (grad, call.q, call.k, call.v, dk, dv)),
+        **common,
+    )  # fmt: skip

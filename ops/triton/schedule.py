@@ -1,0 +1,392 @@
+"""What a kernel reads of a pattern: tiles of tokens, and what the tokens of a tile have to do with each other.
+
+A pass holds one tile of `resident` tokens per program (queries in the forward pass, keys in the dK/dV pass) and streams
+the tokens these have to do with through it (`streamed`: their keys, or the queries that see them). A tile is a place in
+the map; everything else is said relative to that place and shared by all tiles that look alike, its `kind`. On a curve
+the places are those of the curve, and one int32 load per token turns them into places of the map.
+
+Shapes: T tiles, K kinds, M resident slots and N streamed slots of a tile, of which the last may be empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache import SCHEDULES
+from ..curves import curve_order
+from ..patterns import Axis, Pattern, Resolved, resolve
+from ..tiles import Band, TileShape, axis_bands, inverse_axis
+
+__all__ = ["ABSENT", "Cells", "Runs", "Schedule", "cells", "runs", "schedule"]
+
+ABSENT = -(1 << 30)  # offset of a slot without a token
+NOWHERE = 1 << 20  # coordinate of an empty streamed slot: beyond every interval
+LOAD_SCORES = 12  # what streaming one token costs, in scores of one resident token
+
+RESIDENT_FIELDS = ("offset", "low_y", "high_y", "low_x", "high_x", "code", "rel_y", "rel_x")
+STREAMED_FIELDS = ("offset", "y", "x", "code", "rel_y", "rel_x")
+
+
+@dataclass(frozen=True, eq=False)
+class AxisTile:
+    """One tile of one axis. Codes of a pair add up to its row of a bias table: resident.code + streamed.code.
+
+    Attributes:
+        resident, streamed: coordinates; streamed ones may leave the map where zero keys pad it.
+        low, high: half-open interval of streamed slots of each resident token.
+        codes, rel_codes: (resident, streamed) table codes, and those of a decomposed bias.
+    """
+
+    resident: np.ndarray
+    streamed: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    codes: tuple[np.ndarray, np.ndarray]
+    rel_codes: tuple[np.ndarray, np.ndarray]
+    limit: int
+
+    @cached_property
+    def inside(self) -> np.ndarray:
+        """(streamed,) bool: which of them lie in the map."""
+        return (self.streamed >= 0) & (self.streamed < self.limit)
+
+    @cached_property
+    def anchor(self) -> int:
+        """The streamed coordinate that the tile's place is given by: the first inside the map."""
+        found = np.flatnonzero(self.inside)
+        return int(self.streamed[found[0]]) if len(found) else 0
+
+    @cached_property
+    def alike(self) -> bytes:
+        """Equal for tiles that differ in their place only."""
+        parts = [self.resident - self.resident[0], self.streamed - self.anchor, self.inside, self.low, self.high]
+        parts += [*self.codes, *self.rel_codes]
+        return b"|".join(np.asarray(p, dtype=np.int64).tobytes() for p in parts)
+
+
+def axis_tiles(axis: Axis, tile: int, *, inverse: bool) -> list[AxisTile]:
+    """All tiles of one axis with at most `tile` resident tokens, in the order of the map."""
+    seen_from = inverse_axis(axis) if inverse else axis
+    tiles = []
+    for band in axis_bands(seen_from, tile, split=True):
+        shape = band.tiles[0].shape
+        for i in range(band.count):
+            resident = band.queries.coordinates() + i * band.query_spacing
+            streamed = band.keys.coordinates() + i * band.key_spacing
+            tiles.append(_axis_tile(axis, seen_from, shape, resident, streamed, inverse))
+    return sorted(tiles, key=lambda t: int(t.resident[0]))
+
+
+def _axis_tile(
+    axis: Axis, seen_from: Axis, shape: TileShape, resident: np.ndarray, streamed: np.ndarray, inverse: bool
+) -> AxisTile:
+    queries, keys = (streamed, resident) if inverse else (resident, streamed)
+    frame = int(keys[0]) // axis.step if len(keys) else 0
+
+    def codes(origin: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+        of_queries, of_keys = reach - origin[queries] // axis.step + frame, keys // axis.step - frame
+        return (of_keys, of_queries) if inverse else (of_queries, of_keys)
+
+    return AxisTile(
+        resident,
+        streamed,
+        np.clip(shape.low, 0, len(streamed)),
+        np.clip(shape.high, 0, len(streamed)),
+        codes(axis.origin, axis.reach),
+        codes(axis.rel_origin, axis.rel_reach),
+        seen_from.keys,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """One pass of one pattern on one map.
+
+    Attributes:
+        tiles: (T, 4) int32: place of the first resident token, place of the first streamed one, kind, streamed slots.
+        resident: (K, 8, M) int32 and streamed: (K, 6, N) int32, the fields named above for every slot.
+        order: (H*W,) int32, the map's place of every place of the curve; None where there is no curve.
+        sides: streamed tokens (y, x) of the largest tile.
+        zero_keys: whether slots without a token take part (zero padding).
+    """
+
+    tiles: Tensor
+    resident: Tensor
+    streamed: Tensor
+    order: Tensor | None
+    sides: tuple[int, int]
+    zero_keys: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in (self.tiles, self.resident, self.streamed, self.order) if t is not None)
+
+    @property
+    def kinds(self) -> int:
+        """Number of different tiles."""
+        return self.resident.shape[0]
+
+    @cached_property
+    def by_kind(self) -> list[list[int]]:
+        """Tiles of each kind."""
+        kinds = self.tiles[:, 2].tolist()
+        return [[t for t, kind in enumerate(kinds) if kind == k] for k in range(self.kinds)]
+
+    def entries(self) -> np.ndarray:
+        """(K, M, N) int32: flat table entry of every pair, -1 where the pair is masked."""
+        resident, streamed = self.resident.cpu().numpy(), self.streamed.cpu().numpy()
+        _, low_y, high_y, low_x, high_x, code, *_ = (resident[:, f, :, None] for f in range(len(RESIDENT_FIELDS)))
+        _, y, x, other, *_ = (streamed[:, f, None, :] for f in range(len(STREAMED_FIELDS)))
+        allowed = (y >= low_y) & (y < high_y) & (x >= low_x) & (x < high_x)
+        return np.where(allowed, code + other, -1).astype(np.int32)
+
+
+def schedule(
+    pattern: Pattern, height: int, width: int, block_m: int, block_n: int, device: torch.device, *, inverse: bool
+) -> Schedule:
+    """Schedule of `pattern` on a height x width key map, with tiles of at most block_m resident tokens; cached.
+
+    Args:
+        block_n: streamed slots come in multiples of it.
+        inverse: resident tokens are keys, streamed ones the queries that see them.
+    """
+
+    def build() -> Schedule:
+        return _schedule(resolve(pattern, height, width), block_m, block_n, device, inverse)
+
+    key = ("schedule", pattern.spelling(), height, width, block_m, block_n, device, inverse)
+    return SCHEDULES.get(key, build)
+
+
+def _schedule(resolved: Resolved, block_m: int, block_n: int, device: torch.device, inverse: bool) -> Schedule:
+    y, x = resolved.y, resolved.x
+    shape = choose_tile(resolved, block_m, block_n, inverse)
+    rows, columns = (axis_tiles(a, s, inverse=inverse) for a, s in zip((y, x), shape, strict=True))
+    widths = (x.keys, x.queries) if inverse else (x.queries, x.keys)
+    pitch = 2 * x.reach + 1
+    kinds: dict[tuple[bytes, bytes], int] = {}
+    made: list[tuple[AxisTile, AxisTile]] = []
+    tiles = []
+    for r in rows:
+        for c in columns:
+            key = (r.alike, c.alike)
+            if key not in kinds:
+                kinds[key] = len(made)
+                made.append((r, c))
+            place = int(r.resident[0]) * widths[0] + int(c.resident[0])
+            first = r.anchor * widths[1] + c.anchor
+            tiles.append((place, first, kinds[key], len(r.streamed) * len(c.streamed)))
+    slots = max(1, *(t[3] for t in tiles))
+    slots = -(-slots // block_n) * block_n
+    resident = np.stack([_resident(r, c, block_m, widths[0], pitch) for r, c in made])
+    streamed = np.stack([_streamed(r, c, slots, widths[1], pitch) for r, c in made])
+    order = None
+    if resolved.pattern.curve is not None:
+        order = curve_order(resolved.pattern.curve, resolved.height, resolved.width)
+    return Schedule(
+        _int32(np.array(tiles), device),
+        _int32(resident, device),
+        _int32(streamed, device),
+        None if order is None else _int32(order, device),
+        (max(len(r.streamed) for r in rows), max(len(c.streamed) for c in columns)),
+        any(not t.inside.all() for t in (*rows, *columns)),
+    )
+
+
+def _int32(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
+
+
+def _outer(y: np.ndarray, x: np.ndarray, scale: int) -> np.ndarray:
+    """y * scale + x of every pair, flat."""
+    return (np.asarray(y)[:, None] * scale + np.asarray(x)[None, :]).ravel()
+
+
+def _pairwise(y: np.ndarray, x: np.ndarray, which: int) -> np.ndarray:
+    """One axis' value for every pair, flat."""
+    y, x = np.broadcast_arrays(np.asarray(y)[:, None], np.asarray(x)[None, :])
+    return (y, x)[which].ravel()
+
+
+def _filled(fields: Sequence[np.ndarray], fill: Sequence[int], slots: int) -> np.ndarray:
+    """(fields, slots): the fields, then what empty slots hold."""
+    return np.stack([np.concatenate([f, np.full(slots - len(f), v)]) for f, v in zip(fields, fill, strict=True)])
+
+
+def _resident(y: AxisTile, x: AxisTile, slots: int, width: int, pitch: int) -> np.ndarray:
+    fields = [
+        _outer(y.resident - y.resident[0], x.resident - x.resident[0], width),
+        _pairwise(y.low, x.low, 0),
+        _pairwise(y.high, x.high, 0),
+        _pairwise(y.low, x.low, 1),
+        _pairwise(y.high, x.high, 1),
+        _outer(y.codes[0], x.codes[0], pitch),
+        _pairwise(y.rel_codes[0], x.rel_codes[0], 0),
+        _pairwise(y.rel_codes[0], x.rel_codes[0], 1),
+    ]
+    return _filled(fields, (ABSENT, 0, 0, 0, 0, 0, 0, 0), slots)
+
+
+def _streamed(y: AxisTile, x: AxisTile, slots: int, width: int, pitch: int) -> np.ndarray:
+    inside = (y.inside[:, None] & x.inside[None, :]).ravel()
+    offset = np.where(inside, _outer(y.streamed - y.anchor, x.streamed - x.anchor, width), ABSENT)
+    places = np.arange(len(y.streamed)), np.arange(len(x.streamed))
+    fields = [
+        offset,
+        _pairwise(*places, 0),
+        _pairwise(*places, 1),
+        _outer(y.codes[1], x.codes[1], pitch),
+        _pairwise(y.rel_codes[1], x.rel_codes[1], 0),
+        _pairwise(y.rel_codes[1], x.rel_codes[1], 1),
+    ]
+    # Empty slots read the tile's anchor: always a token, never counted.
+    return _filled(fields, (0, NOWHERE, NOWHERE, 0, 0, 0), slots)
+
+
+def choose_tile(resolved: Resolved, block_m: int, block_n: int, inverse: bool) -> tuple[int, int]:
+    """Resident tokens (y, x) of a tile, at most block_m in all: the fewest scores computed and tokens streamed."""
+    y, x = (inverse_axis(a) if inverse else a for a in (resolved.y, resolved.x))
+    sides = sorted({min(s, n) for n in (y.queries, x.queries) for s in (1, 2, 4, 7, 8, 14, 16, 32, 64, 128)})
+    candidates = {(ty, min(block_m // ty, x.queries)) for ty in sides if ty <= min(block_m, y.queries)}
+    candidates |= {(min(block_m // tx, y.queries), tx) for tx in sides if tx <= min(block_m, x.queries)}
+    candidates |= {(s, s) for s in sides if s * s <= block_m and s <= min(y.queries, x.queries)}
+    rows = {t: _streamed_lengths(axis_bands(y, t, split=True)) for t in {c[0] for c in candidates}}
+    columns = {t: _streamed_lengths(axis_bands(x, t, split=True)) for t in {c[1] for c in candidates}}
+
+    def cost(tile: tuple[int, int]) -> tuple[int, int]:
+        (ny, cy), (nx, cx) = rows[tile[0]], columns[tile[1]]
+        slots = -(-(ny[:, None] * nx) // block_n) * block_n
+        return int((slots * cy[:, None] * cx).sum()) * (block_m + LOAD_SCORES), -tile[1]
+
+    return min(sorted(candidates), key=cost)
+
+
+def _streamed_lengths(bands: tuple[Band, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Streamed tokens of each band's tile, and how many such tiles there are."""
+    return np.array([b.keys.length for b in bands]), np.array([b.count for b in bands])
+
+
+# --- cells: tokens that attend each other and nothing else ------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """A map cut into cells: windows, grids, curve windows.
+
+    Attributes:
+        first: (T,) int32, place of each cell's first token, cells of a kind together.
+        offset: (K, M) int32, the tokens of a cell relative to it, ABSENT beyond its last.
+        entry: (K, M, M) int32, flat table entry of every (query, key) pair, -1 where a slot is empty.
+        order: as in `Schedule`.
+        begins, counts: where each kind begins in `first`, and its number of cells.
+    """
+
+    first: Tensor
+    offset: Tensor
+    entry: Tensor
+    order: Tensor | None
+    begins: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in (self.first, self.offset, self.entry, self.order) if t is not None)
+
+
+@lru_cache(maxsize=512)
+def _cell_size(pattern: Pattern, height: int, width: int) -> tuple[int, int] | None:
+    """(y, x) tokens of the largest cell, None where queries and keys are not the same tokens."""
+    resolved = resolve(pattern, height, width)
+    sizes = []
+    for axis in (resolved.y, resolved.x):
+        bands = axis_bands(axis, max(axis.queries, 1), split=True)
+        if axis.queries != axis.keys or any(b.queries != b.keys or not b.tiles[0].shape.full for b in bands):
+            return None
+        if any(b.count > 1 and b.query_spacing != b.key_spacing for b in bands):
+            return None
+        sizes.append(max(b.queries.length for b in bands))
+    return sizes[0], sizes[1]
+
+
+def cells(pattern: Pattern, height: int, width: int, most: int, device: torch.device) -> Cells | None:
+    """The cells of a pattern, None where it has none or where they hold more than `most` tokens; cached."""
+    size = _cell_size(pattern, height, width)
+    if size is None or size[0] * size[1] > most:
+        return None
+
+    def build() -> Cells:
+        slots = max(16, 1 << (size[0] * size[1] - 1).bit_length())
+        resolved = resolve(pattern, height, width)
+        rows, columns = (
+            axis_tiles(a, s, inverse=False) for a, s in zip((resolved.y, resolved.x), size, strict=True)
+        )
+        pitch = 2 * resolved.x.reach + 1
+        alike: dict[tuple[bytes, bytes], list[tuple[AxisTile, AxisTile]]] = {}
+        for r in rows:
+            for c in columns:
+                alike.setdefault((r.alike, c.alike), []).append((r, c))
+        first, offset, entry, counts = [], [], [], []
+        for members in alike.values():
+            y, x = members[0]
+            first += [int(r.resident[0]) * resolved.x.keys + int(c.resident[0]) for r, c in members]
+            own, other = _resident(y, x, slots, resolved.x.keys, pitch), _streamed(y, x, slots, resolved.x.keys, pitch)
+            offset.append(own[0])
+            present = np.arange(slots) < len(y.resident) * len(x.resident)
+            pairs = present[:, None] & present[None, :]
+            entry.append(np.where(pairs, own[5][:, None] + other[3][None, :], -1))
+            counts.append(len(members))
+        order = None
+        if pattern.curve is not None:
+            order = _int32(curve_order(pattern.curve, height, width), device)
+        begins = tuple(np.cumsum([0, *counts[:-1]]).tolist())
+        return Cells(
+            _int32(np.array(first), device),
+            _int32(np.stack(offset), device),
+            _int32(np.stack(entry), device),
+            order,
+            begins,
+            tuple(counts),
+        )
+
+    return SCHEDULES.get(("cells", pattern.spelling(), height, width, device), build)
+
+
+# --- runs: how a pass that sums over many tiles is cut among programs --------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Pieces of work, each over tiles of one group: item i of a group is its tile i % count of image i // count.
+
+    Attributes:
+        table: (R, 5) int32: kind, where the group's tiles begin, their count, first item, items.
+        bounds: (groups + 1,) int32: the runs of group g are [bounds[g], bounds[g + 1]).
+    """
+
+    table: Tensor
+    bounds: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.table.nbytes + self.bounds.nbytes
+
+
+def runs(groups: Sequence[tuple[int, int, int]], batch: int, length: int, device: torch.device) -> Runs:
+    """Runs of at most `length` items over `batch` images of each group of tiles: (kind, where it begins, its tiles)."""
+    table, bounds = [], [0]
+    for kind, begin, count in groups:
+        items = count * batch
+        pieces = -(-items // length)
+        cuts = [items * p // pieces for p in range(pieces + 1)]
+        table += [(kind, begin, count, a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+        bounds.append(len(table))
+    return Runs(_int32(np.array(table), device), _int32(np.array(bounds), device))
