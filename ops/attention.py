@@ -7,8 +7,10 @@ Layout everywhere: (batch, height, width, heads, head_dim), any strides. `q` may
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -31,6 +33,7 @@ from .patterns import (
 from .reference import reference_attention, reference_routing
 from .routing import cut_regions, route
 from .tile_math import own_precision
+from .triton.launch import refusal
 
 __all__ = [
     "BACKENDS",
@@ -45,12 +48,13 @@ __all__ = [
     "window_attention",
 ]
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
 
 Bias = Tensor | tuple[Tensor, Tensor] | None
 
 # --- choice of backend ----------------------------------------------------------------------------------------------
 
+_HAS_TRITON = find_spec("triton") is not None
 _chosen: str | None = None
 
 
@@ -64,7 +68,7 @@ def _check_backend(name: str) -> str:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every operator inside the block, in all threads, on one backend ("reference", "torch"); None: choose.
+    """Run every operator inside the block, in all threads, on one backend (see `BACKENDS`); None: choose.
 
     The argument `backend=` of a call goes before this, and this before the environment variable NEARFIELD_BACKEND.
     """
@@ -76,11 +80,20 @@ def use_backend(name: str | None) -> Iterator[None]:
         _chosen = before
 
 
-def _backend(asked: str | None) -> str:
-    for name in (asked, _chosen, os.environ.get("NEARFIELD_BACKEND") or None):
-        if name is not None:
-            return _check_backend(name)
-    return "torch"
+def _backend(asked: str | None, q: Tensor, v: Tensor, dropout_p: float) -> str:
+    """The backend of a call: the one that is named, else Triton for CUDA tensors that it takes, else stock PyTorch."""
+    named = next((n for n in (asked, _chosen, os.environ.get("NEARFIELD_BACKEND")) if n), None)
+    if named is None:
+        fused = q.device.type == "cuda" and _HAS_TRITON and refusal(q, v) is None
+        return "triton" if fused and dropout_p == 0.0 else "torch"
+    if _check_backend(named) == "triton":
+        reason = refusal(q, v) if _HAS_TRITON else "backend 'triton' needs the package triton, which is not installed"
+        if reason is not None:
+            raise ValueError(reason)
+        if dropout_p > 0.0:
+            warnings.warn("attention dropout runs on the 'torch' backend: Triton's kernels have none", stacklevel=3)
+            return "torch"
+    return named
 
 
 # --- the operators --------------------------------------------------------------------------------------------------
@@ -110,7 +123,8 @@ def local_attention(
             unscaled. May have another dtype than q.
         scale: multiplies q . k; None means head_dim ** -0.5.
         dropout_p: dropout on the attention weights, in [0, 1).
-        backend: "reference", "torch" or None (choose). One that is named runs or raises; it never falls back.
+        backend: "reference", "torch", "triton" or None (choose). One that is named runs or raises; it never falls back,
+            but for dropout, which "triton" hands to "torch" with a notice.
 
     Returns:
         (B, H, W, heads, head_dim of v) in q's dtype, contiguous. Scores, softmax and sums are float32 or wider.
@@ -129,13 +143,14 @@ def local_attention(
     table, rel_x = (bias[0], bias[1]) if isinstance(bias, (tuple, list)) else (bias, None)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if _backend(backend) == "reference":
+    backend = _backend(backend, q, q if v is None else v, dropout_p)
+    if backend == "reference":
         q, k, v = unpack(q, k, v)
         resolved = resolve(pattern, k.shape[1], k.shape[2])
         with own_precision(q.device):
             return reference_attention(q, k, v, resolved, table, rel_x, scale, dropout_p)
     need_lse = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, table, rel_x))
-    arguments = (q, k, v, table, rel_x, _seed(dropout_p), pattern.spelling(), scale, dropout_p, need_lse)
+    arguments = (q, k, v, table, rel_x, _seed(dropout_p), pattern.spelling(), scale, dropout_p, need_lse, backend)
     return torch.ops.nearfield.local_attention(*arguments)[0]
 
 
@@ -351,9 +366,11 @@ def routing_attention(
     cut = cut_regions(qs.shape[1], qs.shape[2], regions, region_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     routes = route(qs, ks, cut, topk)
-    if _backend(backend) == "reference":
+    backend = _backend(backend, q, vs, dropout_p)
+    if backend == "reference":
         with own_precision(q.device):
             return reference_routing(qs, ks, vs, routes, cut, pad == "zero", scale, dropout_p)
     size = [cut.size_y, cut.size_x]
     seed = _seed(dropout_p)
-    return torch.ops.nearfield.routing_attention(q, k, v, routes, seed, size, pad == "zero", scale, dropout_p)[0]
+    arguments = (q, k, v, routes, seed, size, pad == "zero", scale, dropout_p, backend)
+    return torch.ops.nearfield.routing_attention(*arguments)[0]

@@ -24,11 +24,11 @@ __all__ = ["unpack"]
 _LIBRARY = torch.library.Library("nearfield", "DEF")
 _LIBRARY.define(
     "local_attention(Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? rel_x, Tensor? seed, str pattern, "
-    "float scale, float dropout_p, bool need_lse) -> (Tensor, Tensor)"
+    "float scale, float dropout_p, bool need_lse, str backend) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "local_attention_backward(Tensor grad, Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? rel_x, Tensor? seed, "
-    "Tensor out, Tensor lse, str pattern, float scale, float dropout_p, bool bias_needs_grad) "
+    "Tensor out, Tensor lse, str pattern, float scale, float dropout_p, bool bias_needs_grad, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -42,9 +42,13 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tenso
 
 def _forward(
     q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None, rel_x: Tensor | None, seed: Tensor | None,
-    pattern: str, scale: float, dropout_p: float, need_lse: bool,
+    pattern: str, scale: float, dropout_p: float, need_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     known = parse_pattern(pattern)
+    if backend == "triton":
+        from .triton import local
+
+        return local.forward(*unpack(q, k, v), bias, rel_x, known, scale, need_lse)
     with own_precision(q.device):
         return torch_tiles.forward(*unpack(q, k, v), bias, rel_x, known, scale, dropout_p, seed, need_lse)
 
@@ -52,14 +56,18 @@ def _forward(
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None, rel_x: Tensor | None,
     seed: Tensor | None, out: Tensor, lse: Tensor, pattern: str, scale: float, dropout_p: float, bias_needs_grad: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = _empty_gradients(q, k, v)
-    dq, dk, dv = unpack(*gradients)
-    with own_precision(q.device):
-        dbias, drel_x = torch_tiles.backward(
-            grad, *unpack(q, k, v), bias, rel_x, out, lse, dq, dk, dv,
-            parse_pattern(pattern), scale, dropout_p, seed, bias_needs_grad,
-        )  # fmt: skip
+    tensors = (grad, *unpack(q, k, v), bias, rel_x, out, lse, *unpack(*gradients))
+    known = parse_pattern(pattern)
+    if backend == "triton":
+        from .triton import local
+
+        dbias, drel_x = local.backward(*tensors, known, scale, bias_needs_grad)
+    else:
+        with own_precision(q.device):
+            dbias, drel_x = torch_tiles.backward(*tensors, known, scale, dropout_p, seed, bias_needs_grad)
     filled = [q.new_empty(0) if g is None else g for g in (*gradients, dbias, drel_x)]
     return filled[0], filled[1], filled[2], filled[3], filled[4]
 
@@ -77,7 +85,7 @@ def _empty_gradients(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Ten
 
 def _fake_forward(
     q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None, rel_x: Tensor | None, seed: Tensor | None,
-    pattern: str, scale: float, dropout_p: float, need_lse: bool,
+    pattern: str, scale: float, dropout_p: float, need_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, _, v = unpack(q, k, v)
     size = q.shape[:4] if need_lse else (0,)
@@ -88,6 +96,7 @@ def _fake_forward(
 def _fake_backward(
     grad: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None, rel_x: Tensor | None,
     seed: Tensor | None, out: Tensor, lse: Tensor, pattern: str, scale: float, dropout_p: float, bias_needs_grad: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     parts: list[Tensor | None] = [*_empty_gradients(q, k, v)]
     parts += [torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None and bias_needs_grad else None
@@ -101,11 +110,11 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bias, rel_x, seed, pattern, scale, dropout_p, _ = inputs
+    q, k, v, bias, rel_x, seed, pattern, scale, dropout_p, _, backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, bias, rel_x, seed, out, lse)
-    ctx.call = (pattern, scale, dropout_p)
+    ctx.call, ctx.backend = (pattern, scale, dropout_p), backend
 
 
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,9 +132,10 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         lse,
         *ctx.call,
         needs[3] or needs[4],
+        ctx.backend,
     )
     given = [g if need else None for g, need in zip((dq, dk, dv, dbias, drel_x), needs[:5], strict=True)]
-    return (*given, None, None, None, None, None)
+    return (*given, None, None, None, None, None, None)
 
 
 _LIBRARY.impl("local_attention", _forward, "CompositeExplicitAutograd")
@@ -139,30 +149,42 @@ torch.library.register_autograd("nearfield::local_attention_backward", _no_secon
 
 _LIBRARY.define(
     "routing_attention(Tensor q, Tensor? k, Tensor? v, Tensor routes, Tensor? seed, int[] region_size, bool zero_pad, "
-    "float scale, float dropout_p) -> (Tensor, Tensor)"
+    "float scale, float dropout_p, str backend) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "routing_attention_backward(Tensor grad, Tensor q, Tensor? k, Tensor? v, Tensor routes, Tensor? seed, Tensor out, "
-    "Tensor lse, int[] region_size, bool zero_pad, float scale, float dropout_p) -> (Tensor, Tensor, Tensor)"
+    "Tensor lse, int[] region_size, bool zero_pad, float scale, float dropout_p, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
 def _routing_forward(
     q: Tensor, k: Tensor | None, v: Tensor | None, routes: Tensor, seed: Tensor | None, region_size: list[int],
-    zero_pad: bool, scale: float, dropout_p: float,
+    zero_pad: bool, scale: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     parts = unpack(q, k, v)
     regions = cut_regions(q.shape[1], q.shape[2], None, (region_size[0], region_size[1]))
+    if backend == "triton":
+        from .triton import routed
+
+        return routed.forward(*parts, routes, regions, zero_pad, scale)
     with own_precision(q.device):
         return routing.forward(*parts, routes, regions, zero_pad, scale, dropout_p, seed)
 
 
 def _routing_backward(
     grad: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, routes: Tensor, seed: Tensor | None, out: Tensor,
-    lse: Tensor, region_size: list[int], zero_pad: bool, scale: float, dropout_p: float,
+    lse: Tensor, region_size: list[int], zero_pad: bool, scale: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     regions = cut_regions(q.shape[1], q.shape[2], None, (region_size[0], region_size[1]))
     parts = unpack(q, k, v)
+    if backend == "triton":
+        from .triton import routed
+
+        made = _empty_gradients(q, k, v)
+        routed.backward(grad, *parts, routes, out, lse, *unpack(*made), regions, zero_pad, scale)
+        filled = [q.new_empty(0) if g is None else g for g in made]
+        return filled[0], filled[1], filled[2]
     with own_precision(q.device):
         gradients = routing.backward(grad, *parts, routes, out, lse, regions, zero_pad, scale, dropout_p, seed)
     if k is None:
@@ -173,7 +195,7 @@ def _routing_backward(
 
 def _fake_routing_forward(
     q: Tensor, k: Tensor | None, v: Tensor | None, routes: Tensor, seed: Tensor | None, region_size: list[int],
-    zero_pad: bool, scale: float, dropout_p: float,
+    zero_pad: bool, scale: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, _, v = unpack(q, k, v)
     tokens = region_size[0] * region_size[1]
@@ -184,7 +206,7 @@ def _fake_routing_forward(
 
 def _fake_routing_backward(
     grad: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, routes: Tensor, seed: Tensor | None, out: Tensor,
-    lse: Tensor, region_size: list[int], zero_pad: bool, scale: float, dropout_p: float,
+    lse: Tensor, region_size: list[int], zero_pad: bool, scale: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (q.new_empty(0) if g is None else g for g in _empty_gradients(q, k, v))
     return dq, dk, dv
@@ -202,7 +224,7 @@ def _routing_autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None,
     q, k, v, routes, seed, out, lse = ctx.saved_tensors
     gradients = torch.ops.nearfield.routing_attention_backward(grad, q, k, v, routes, seed, out, lse, *ctx.call)
     given = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
-    return (*given, None, None, None, None, None, None)
+    return (*given, None, None, None, None, None, None, None)
 
 
 _LIBRARY.impl("routing_attention", _routing_forward, "CompositeExplicitAutograd")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _bench_ops import HEAD_DIM, KERNEL, timm_block
-from _gpu_problems import OF_QKV, OF_TABLE, OUTPUT, Inputs, Named, Runner
+from _gpu_problems import OF_QKV, OF_TABLE, Inputs, Named, Runner
 from nearfield.checkpoints.layouts import FlippedTable
 from nearfield.ops import HilbertNeighborhood, HilbertSlide, HilbertWindow, Neighborhood, Slide, hilbert_order
 from nearfield.ops.patterns import Pattern
@@ -36,19 +36,17 @@ class Order:
     """An order of the tokens of a map.
 
     Args:
-        name: of the order.
         places: raster index of the token at each position; None for raster order.
         coordinates: (y, x) of a position, as arithmetic that compiles into a kernel; None along a curve.
     """
 
-    name: str
     places: Tensor | None
     coordinates: Coordinates | None
 
 
 def raster(width: int) -> Order:
     """Row by row."""
-    return Order("raster order", None, lambda i: (i // width, i % width))
+    return Order(None, lambda i: (i // width, i % width))
 
 
 def tiled(height: int, width: int, tile: tuple[int, int], place: torch.device) -> Order:
@@ -62,12 +60,12 @@ def tiled(height: int, width: int, tile: tuple[int, int], place: torch.device) -
         return t // across * th + r // tw, t % across * tw + r % tw
 
     y, x = coordinates(torch.arange(height * width, device=place))
-    return Order(f"{th}x{tw} tiles", y * width + x, coordinates)
+    return Order(y * width + x, coordinates)
 
 
 def along_curve(height: int, width: int, place: torch.device) -> Order:
     """Along the generalized Hilbert curve."""
-    return Order("curve order", hilbert_order(height, width).to(place), None)
+    return Order(hilbert_order(height, width).to(place), None)
 
 
 def _split(qkv: Tensor, order: Order) -> list[Tensor]:
@@ -88,22 +86,20 @@ def _joined(parts: Sequence[Tensor], order: Order, size: tuple[int, int]) -> lis
     return maps
 
 
-def _in_order(name: str, attend: Callable[..., Tensor], inputs: Inputs, order: Order, *, note: str = "") -> Runner:
+def _in_order(attend: Callable[..., Tensor], inputs: Inputs, order: Order, *, note: str = "") -> Runner:
     """Runner of an attention on q, k and v (B, heads, tokens, d), and a table where the inputs have one."""
     size = (inputs.qkv.shape[1], inputs.qkv.shape[2])
     leaves = [t.requires_grad_() for t in _split(inputs.qkv.detach(), order)]
     grad = _split(torch.stack([inputs.grad] * 3, 3), order)[0]
 
-    def named(results: Sequence[Tensor]) -> Named:
-        output, dq, dk, dv, *of_table = _first_four(results, order, size)
-        found = {OUTPUT: output, OF_QKV: torch.stack((dq, dk, dv), 3)}
-        return found if not of_table else {**found, OF_TABLE: of_table[0]}
+    def output(out: Tensor) -> Tensor:
+        return _joined([out], order, size)[0]
 
-    return Runner(name, attend, (*leaves, *inputs.tables), (grad,), named, note)
+    def gradients(of_leaves: Sequence[Tensor]) -> Named:
+        found = {OF_QKV: torch.stack(_joined(of_leaves[:3], order, size), 3)}
+        return found if len(of_leaves) == 3 else {**found, OF_TABLE: of_leaves[3]}
 
-
-def _first_four(results: Sequence[Tensor], order: Order, size: tuple[int, int]) -> list[Tensor]:
-    return [*_joined(results[:4], order, size), *results[4:]]
+    return Runner(attend, (*leaves, *inputs.tables), (grad,), output, gradients, note=note)
 
 
 # --- FlexAttention --------------------------------------------------------------------------------------------------
@@ -162,8 +158,7 @@ def flex(pattern: Pattern, inputs: Inputs, order: Order, block: int, *, really: 
         biased = _score_mod(pattern, tables[0], order) if tables else None
         return call(q, k, v, score_mod=biased, block_mask=blocks, kernel_options=options)
 
-    name = f"FlexAttention compiled, {order.name}, blocks of {block}"
-    return _in_order(name, attend, inputs, order, note="its own layout and token order for free")
+    return _in_order(attend, inputs, order, note="its own layout and token order for free")
 
 
 def _score_mod(pattern: Pattern, table: Tensor, order: Order) -> Callable[..., Tensor]:
@@ -195,8 +190,7 @@ def flex_with_reorder(pattern: Pattern, inputs: Inputs, block: int, *, really: b
         assert isinstance(output, Tensor)
         return output.transpose(1, 2)[:, back].unflatten(1, size)
 
-    name = f"FlexAttention compiled, reordered each call, blocks of {block}"
-    return Runner(name, attend, (inputs.qkv,), (inputs.grad,), note="gathers to curve order and back")
+    return Runner(attend, (inputs.qkv,), (inputs.grad,), note="gathers to curve order and back")
 
 
 # --- dense attention ------------------------------------------------------------------------------------------------
@@ -216,9 +210,9 @@ def dense(pattern: Pattern | None, inputs: Inputs) -> Runner:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     if pattern is not None:
-        return _in_order("dense attention (SDPA) with a mask", attend, inputs, order, note="mask for free")
-    full = _in_order("full attention (SDPA)", attend, inputs, order, note="sees every key: another function")
-    return replace(full, named=lambda results: {})
+        return _in_order(attend, inputs, order, note="mask for free")
+    full = _in_order(attend, inputs, order, note="sees every key: another function")
+    return replace(full, same=False)
 
 
 # --- windows as timm computes them ----------------------------------------------------------------------------------
@@ -264,29 +258,26 @@ def timm_windows(inputs: Inputs, shift: int, *, fused: bool, own_order: bool, re
     def ours(qkv: Tensor, _: Tensor) -> Tensor:
         return attended(cut(qkv.flatten(3)))
 
-    kind = "SDPA" if fused else "matmul and softmax"
-    name = f"timm {'eager' if really is None else 'compiled'}, {kind}"
     if not own_order:
         call = ours if really is None else compiled(ours, really)
-        leaves = (inputs.qkv, weight)
-        return Runner(f"{name}, from our layout", call, leaves, (inputs.grad,), _timm_named, "rolls and cuts q, k, v")
+        note = "rolls and cuts q, k and v"
+        return Runner(call, (inputs.qkv, weight), (inputs.grad,), gradients=_timm_gradients, note=note)
     call_own = own if really is None else compiled(own, really)
     with torch.no_grad():
         windows = cut(inputs.qkv.flatten(3)).requires_grad_()
         tokens = inputs.qkv[:, :, :, 0].flatten(3).contiguous().requires_grad_()
         of_cut = cut(inputs.grad.flatten(3))
 
-    def named(results: Sequence[Tensor]) -> Named:
-        return _timm_named((results[0], *results[2:]), with_qkv=False)
+    def gradients(of_leaves: Sequence[Tensor]) -> Named:
+        return {OF_TABLE: _timm_gradients(of_leaves[1:])[OF_TABLE]}
 
     note = "rolls and cuts before the projection"
-    return Runner(name, call_own, (tokens, windows, weight), (inputs.grad, of_cut), named, note)
+    return Runner(call_own, (tokens, windows, weight), (inputs.grad, of_cut), gradients=gradients, note=note)
 
 
-def _timm_named(results: Sequence[Tensor], *, with_qkv: bool = True) -> Named:
-    output, of_qkv, of_table = results
-    found = {OUTPUT: output, OF_TABLE: FlippedTable().to_ours(of_table, None)}
-    return {**found, OF_QKV: of_qkv} if with_qkv else found
+def _timm_gradients(of_leaves: Sequence[Tensor]) -> Named:
+    of_qkv, of_table = of_leaves
+    return {OF_QKV: of_qkv, OF_TABLE: FlippedTable().to_ours(of_table, None)}
 
 
 # --- routing by gathers ---------------------------------------------------------------------------------------------
@@ -314,7 +305,7 @@ def gathered_routing(inputs: Inputs, regions: int, topk: int) -> Runner:
         output = scores.softmax(-1) @ chosen(v)
         return cut.join(output.transpose(2, 3))
 
-    return Runner("gather of the top-k regions, eager", attend, (inputs.qkv,), (inputs.grad,))
+    return Runner(attend, (inputs.qkv,), (inputs.grad,))
 
 
 # --- NATTEN, where it is installed ----------------------------------------------------------------------------------
@@ -331,7 +322,7 @@ def natten(pattern: Pattern, inputs: Inputs) -> Runner:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return na2d(q, k, v, kernel_size=pattern.kernel_size, dilation=pattern.dilation, stride=pattern.stride)
 
-    def named(results: Sequence[Tensor]) -> Named:
-        return {OUTPUT: results[0], OF_QKV: torch.stack(tuple(results[1:4]), 3)}
+    def gradients(of_leaves: Sequence[Tensor]) -> Named:
+        return {OF_QKV: torch.stack(tuple(of_leaves), 3)}
 
-    return Runner("NATTEN", attend, tuple(parts), (inputs.grad,), named)
+    return Runner(attend, tuple(parts), (inputs.grad,), gradients=gradients)

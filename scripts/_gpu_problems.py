@@ -123,12 +123,14 @@ class Inputs:
         return Inputs(leaves[0], tuple(leaves[1:]), self.grad.double())
 
 
-def _ours_named(results: Sequence[Tensor]) -> Named:
-    output, of_qkv, *of_tables = results
-    named = {OUTPUT: output, OF_QKV: of_qkv}
-    for i, gradient in enumerate(of_tables):
-        named[OF_TABLE if i == 0 else f"{OF_TABLE}, {i + 1}"] = gradient
-    return named
+def _as_it_is(output: Tensor) -> Tensor:
+    return output
+
+
+def _of_projection(gradients: Sequence[Tensor]) -> Named:
+    of_qkv, *of_tables = gradients
+    tables = {OF_TABLE if i == 0 else f"{OF_TABLE}, {i + 1}": gradient for i, gradient in enumerate(of_tables)}
+    return {OF_QKV: of_qkv, **tables}
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,21 @@ class Runner:
     """One way to compute a problem.
 
     Args:
-        name: as the table prints it.
         attend: computes the output, or several, from the leaves.
         leaves: what gets gradients.
         grads: a gradient for each output.
-        named: (first output, gradient of each leaf) in the form in which all runners of a problem are compared.
+        output: the first output as (B, H, W, heads, head_dim), the form in which runners of a problem are compared.
+        gradients: those of the leaves, by name, in the form in which they are compared.
+        same: whether it computes the same as the others at all.
         note: what a reader should know.
     """
 
-    name: str
     attend: Callable[..., Tensor | tuple[Tensor, ...]]
     leaves: tuple[Tensor, ...]
     grads: tuple[Tensor, ...]
-    named: Callable[[Sequence[Tensor]], Named] = _ours_named
+    output: Callable[[Tensor], Tensor] = _as_it_is
+    gradients: Callable[[Sequence[Tensor]], Named] = _of_projection
+    same: bool = True
     note: str = ""
 
     def forward(self) -> Tensor:
@@ -161,6 +165,12 @@ class Runner:
         outputs = self._outputs()
         return outputs[0].detach(), *torch.autograd.grad(outputs, self.leaves, self.grads)
 
+    def named(self, result: Tensor | tuple[Tensor, ...]) -> Named:
+        """What `forward` or `training` returned, by name."""
+        if isinstance(result, Tensor):
+            return {OUTPUT: self.output(result)}
+        return {OUTPUT: self.output(result[0]), **self.gradients(result[1:])}
+
     def backward(self) -> Callable[[], tuple[Tensor, ...]]:
         """A call that computes the gradients alone, of one forward pass that is kept."""
         outputs = self._outputs()
@@ -171,13 +181,13 @@ class Runner:
         return result if isinstance(result, tuple) else (result,)
 
 
-def ours(attention: Attention, inputs: Inputs, backend: str, name: str = "nearfield") -> Runner:
+def ours(attention: Attention, inputs: Inputs, backend: str) -> Runner:
     """Nearfield's public operator on a named backend."""
 
     def attend(qkv: Tensor, *tables: Tensor) -> Tensor:
         return attention(backend, qkv, *tables)
 
-    return Runner(name, attend, (inputs.qkv, *inputs.tables), (inputs.grad,))
+    return Runner(attend, (inputs.qkv, *inputs.tables), (inputs.grad,))
 
 
 def relative_errors(got: Named, want: Named) -> dict[str, float]:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from _bench_timing import grid
+from _gpu_timing import OUT_OF_TIME
 
 Row = dict[str, Any]
 Bound = Literal["least", "most"]
 
-OUT_OF_TIME = "not measured: out of time"
 HIGHER_IS_BETTER = {"img/s", "TB/s", "TFLOP/s"}
 
 

@@ -12,12 +12,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 Run = Callable[[], Any]
 
+OUT_OF_TIME = "not measured: out of time"
 WARM_UPS = 3
 FEWEST_ROUNDS = 3
 SHORT_US = 50.0  # below this, launches are what a caller waits for: also timed as a graph
@@ -43,6 +45,7 @@ class Device(Protocol):
     """Where candidates run."""
 
     place: torch.device
+    name: str
 
     def synchronize(self) -> None:
         """Wait until all work is done."""
@@ -56,6 +59,9 @@ class Device(Protocol):
     def graph_us(self, run: Run) -> float | None:
         """Microseconds a call when replayed from a graph; None where there are no graphs."""
 
+    def peak_bytes(self, run: Run) -> int | None:
+        """Memory that a call needs at its highest beyond what was there before; None where that is not counted."""
+
     def recover(self) -> None:
         """Bring the device back after an error; raises DeviceLost."""
 
@@ -64,6 +70,7 @@ class Cpu:
     """The processor: a dry run of everything, by the wall clock."""
 
     place = torch.device("cpu")
+    name = "cpu"
 
     def synchronize(self) -> None:
         """Nothing is ever pending."""
@@ -86,6 +93,10 @@ class Cpu:
         """There are none."""
         return None
 
+    def peak_bytes(self, run: Run) -> int | None:
+        """It is not counted."""
+        return None
+
     def recover(self) -> None:
         """Nothing to bring back."""
 
@@ -99,6 +110,7 @@ class Cuda:
 
     def __init__(self, *, cold: bool = True) -> None:
         self.place = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name(self.place)
         cache = int(getattr(torch.cuda.get_device_properties(self.place), "L2_cache_size", 64 << 20))
         # read, not written: dirty lines would be written back while the next call is timed
         self._scratch = torch.ones(max(4 * cache, 1 << 28) // 4, device=self.place) if cold else None
@@ -165,6 +177,16 @@ class Cuda:
         del graph
         return statistics.median(times)
 
+    def peak_bytes(self, run: Run) -> int | None:
+        """By the caching allocator's count, after a warm-up."""
+        run()
+        self.synchronize()
+        before = torch.cuda.memory_allocated(self.place)
+        torch.cuda.reset_peak_memory_stats(self.place)
+        run()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.place) - before
+
     def recover(self) -> None:
         """Wait for the device and give unused memory back; DeviceLost where it does not answer."""
         try:
@@ -196,14 +218,20 @@ def attempt(device: Device, run: Run) -> Any:
     return result
 
 
-def warm_up(device: Device, run: Run) -> float | str:
-    """Seconds that the first call took, after some more calls; the error, where one raises."""
+def warm_up(device: Device, run: Run, inspect: Callable[[Any], None] | None = None) -> float | str:
+    """Seconds that the first call took, after some more calls; the error, where one raises.
+
+    `inspect` is given what the first call returned and may raise too.
+    """
 
     def several() -> float:
         start = time.perf_counter()
-        run()
+        result = run()
         device.synchronize()
         first = time.perf_counter() - start
+        if inspect is not None:
+            inspect(result)
+        del result
         for _ in range(WARM_UPS - 1):
             run()
         return first
@@ -212,7 +240,15 @@ def warm_up(device: Device, run: Run) -> float | str:
 
 
 def measure(
-    device: Device, runs: Mapping[str, Run], *, rounds: int, seconds: float, graph: bool = True
+    device: Device,
+    runs: Mapping[str, Run],
+    *,
+    rounds: int,
+    seconds: float,
+    graph: bool = True,
+    inspect: Callable[[str, Any], None] | None = None,
+    left_s: Callable[[], float] = lambda: float("inf"),
+    needs_s: Mapping[str, float] | None = None,
 ) -> dict[str, Timing | str]:
     """Time candidates in interleaved rounds; the order turns from round to round.
 
@@ -222,14 +258,20 @@ def measure(
         rounds: rounds to make, fewer when `seconds` are over, but never less than three.
         seconds: time limit of the rounds; warm-up, with what it compiles, is not in it.
         graph: replay short candidates from a graph too.
+        inspect: is given name and first result of each candidate, and raises where that is wrong.
+        left_s: seconds left for all of it.
+        needs_s: seconds that the first call of a candidate may take, by name; it is left out where less is left.
 
     Returns:
-        By name a Timing, or the one-line error of a candidate that raised.
+        By name a Timing, or one line that says why there is none.
     """
     found: dict[str, Timing | str] = {}
     first: dict[str, float] = {}
     for name, run in runs.items():
-        outcome = warm_up(device, run)
+        if left_s() < (needs_s or {}).get(name, 0.0):
+            found[name] = OUT_OF_TIME
+            continue
+        outcome = warm_up(device, run, None if inspect is None else partial(inspect, name))
         if isinstance(outcome, str):
             found[name] = outcome
         else:
@@ -239,7 +281,7 @@ def measure(
         run, typical = runs[name], statistics.median(device_us)
         count = min(20, max(1, int(2000 / max(typical, 1.0))))
         call_us = statistics.median(device.calls_us(run, count) for _ in range(FEWEST_ROUNDS))
-        replayed = attempt(device, lambda run=run: device.graph_us(run)) if graph and typical < SHORT_US else None
+        replayed = attempt(device, partial(device.graph_us, run)) if graph and typical < SHORT_US else None
         graph_us = replayed if isinstance(replayed, float) else None
         found[name] = Timing(typical, call_us, statistics.median(host_us), graph_us, len(device_us), first[name])
     return {name: found[name] for name in runs}

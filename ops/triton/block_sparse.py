@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, image_base, load_vectors, product, store_vectors, to_log2
+from .primitives import LOG2E, image_base, load_vectors, product, store_vectors
 
 __all__ = ["forward_kernel", "key_kernel", "query_kernel"]
 
@@ -134,14 +134,14 @@ def forward_kernel(
         value = value * fade[:, None] + product(weight.to(values.dtype), values, PRECISION)
         peak = higher
     out_at = out + image * (HEIGHT * WIDTH * HEADS * DV) + head * DV
-    store_vectors(out_at, token_m, present_m, value / total[:, None], HEADS * DV, DV, BLOCK_DV, WIDE)
+    store_vectors(out_at, token_m, present_m, value * (1.0 / total)[:, None], HEADS * DV, DV, BLOCK_DV, WIDE)
     row = _row(token_m, image, head, HEADS, REGIONS, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     tl.store(lse + row, (peak + tl.log2(total)) / LOG2E, mask=present_m)
 
 
 @triton.jit
 def query_kernel(
-    grad, q, k, v, out, lse, dq, delta, routes, chosen, scale, softmax_scale,
+    grad, q, k, v, out, lse, dq, delta, level, routes, chosen, scale, softmax_scale,
     g_image, q_image, k_image, v_image, dq_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -151,7 +151,7 @@ def query_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr, SIZE_Y: tl.constexpr, SIZE_X: tl.constexpr,
     DENSE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries, and delta = sum(grad * out) in the layout of lse for the dK/dV pass."""
+    """dQ of one tile of queries; for the dK/dV pass delta = sum(grad * out) and level, lse in base 2, laid out as lse."""
     head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS % TILES
     image = (tl.program_id(0) // (HEADS * TILES)).to(tl.int64)
     region, token_m, present_m = _resident(tile, BLOCK_M, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
@@ -167,8 +167,9 @@ def query_kernel(
     o = load_vectors(out_at, token_m, present_m, HEADS * DV, DV, BLOCK_DV, False, WIDE)
     row = _row(token_m, image, head, HEADS, REGIONS, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     shift = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    height = tl.load(lse + row) * LOG2E
     tl.store(delta + row, shift, mask=present_m)
-    level = to_log2(tl.load(lse + row))
+    tl.store(level + row, height, mask=present_m)
     region_m = _region(token_m, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     count: tl.constexpr = HEIGHT * WIDTH if DENSE else TOPK * SIZE_Y * SIZE_X
     gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -180,7 +181,7 @@ def query_kernel(
         region_n = _region(token_n, WIDTH, ACROSS, SIZE_Y, SIZE_X)
         score = _masked(score, used if ZERO_KEYS else present_n, chosen, region_m, region_n, DENSE, False)
         values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
-        ds = tl.exp2(score - level[:, None]) * (product(g, tl.trans(values), PRECISION) - shift[:, None])
+        ds = tl.exp2(score - height[:, None]) * (product(g, tl.trans(values), PRECISION) - shift[:, None])
         gradient += product(ds.to(key.dtype), key, PRECISION)
     dq_at = image_base(dq, image, dq_image, UNIT) + head * DQ_HEAD
     store_vectors(dq_at, token_m, present_m, gradient * softmax_scale, DQ_TOKEN, D, BLOCK_D, WIDE)
@@ -188,7 +189,7 @@ def query_kernel(
 
 @triton.jit
 def key_kernel(
-    grad, q, k, v, lse, delta, dk, dv, chosen_by, bounds, chosen, scale, softmax_scale,
+    grad, q, k, v, delta, level, dk, dv, chosen_by, bounds, chosen, scale, softmax_scale,
     g_image, q_image, k_image, v_image, dk_image, dv_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -231,7 +232,7 @@ def key_kernel(
         region_n = _region(token_n, WIDTH, ACROSS, SIZE_Y, SIZE_X)
         score = _masked(score, present_n, chosen, region_n, region_m, DENSE, True)
         row = _row(token_n, image, head, HEADS, REGIONS, WIDTH, ACROSS, SIZE_Y, SIZE_X)
-        weight = tl.exp2(score - to_log2(tl.load(lse + row))[None, :])
+        weight = tl.exp2(score - tl.load(level + row)[None, :])
         g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False, WIDE)
         value_gradient += product(weight.to(g.dtype), g, PRECISION)
         ds = weight * (product(values, tl.trans(g), PRECISION) - tl.load(delta + row)[None, :])

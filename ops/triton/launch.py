@@ -41,7 +41,9 @@ def refusal(q: Tensor, v: Tensor) -> str | None:
     if q.dtype not in DTYPES:
         return f"backend 'triton' takes float16, bfloat16 and float32, got {q.dtype}: choose backend='torch'"
     if max(q.shape[-1], v.shape[-1]) > MOST_HEAD_DIM:
-        return f"backend 'triton' takes head_dim <= {MOST_HEAD_DIM}, got {max(q.shape[-1], v.shape[-1])}: choose 'torch'"
+        return (
+            f"backend 'triton' takes head_dim <= {MOST_HEAD_DIM}, got {max(q.shape[-1], v.shape[-1])}: choose 'torch'"
+        )
     return None
 
 

@@ -13,16 +13,16 @@ from torch import Tensor
 from ..bias import BiasKind, bias_kind
 from ..curves import curve_order
 from ..patterns import Pattern, Resolved, resolve
+from ..tile_math import own_precision
 from . import bias as bias_kernels
 from . import neighborhood, window
 from .configs import Config, architecture, choose, precision_name
 from .launch import cached, constants, power_of_two, precision, readable, strides, units, wide
 from .primitives import LOG2E
-from .schedule import Cells, Runs, Schedule, cells, runs, schedule
+from .schedule import Cells, Runs, Schedule, cells, in_cells, runs, schedule
 
 __all__ = ["backward", "forward"]
 
-MOST_CELL = 64  # tokens of a cell that one program holds whole
 ATLAS_BYTES = 16 << 20  # larger tables of tiles are not made: entries are looked up in the kernel
 PARTIAL_BYTES = 64 << 20  # score gradients held at a time on their way to a bias table
 LOG2_E = float(LOG2E.value)
@@ -56,8 +56,8 @@ class _Call:
         self.bias = None if bias is None else bias.detach().contiguous()
         self.rel_x = None if rel_x is None else rel_x.detach().contiguous()
         self.cells: Cells | None = None
-        if self.kind is not BiasKind.DECOMPOSED:
-            self.cells = cells(pattern, self.height, self.width, MOST_CELL, self.device)
+        if self.kind is not BiasKind.DECOMPOSED and in_cells(pattern, self.height, self.width):
+            self.cells = cells(pattern, self.height, self.width, self.device)
 
     def config(self, op: str, family: str) -> Config:
         block_d = power_of_two(max(self.d, self.dv))
@@ -115,7 +115,8 @@ class _Call:
         """(B, queries, heads, rows of rel_y and rel_x): q . rel of every query, one product on the unscaled q."""
         if self.kind is not BiasKind.DECOMPOSED:
             return self.q
-        return torch.matmul(self.q, self.rel_tables.transpose(0, 1)).contiguous()
+        with own_precision(self.device):
+            return torch.matmul(self.q, self.rel_tables.transpose(0, 1)).contiguous()
 
     @cached_property
     def rel_tables(self) -> Tensor:
@@ -145,6 +146,8 @@ class _Call:
         """How a pass gets its bias, and the tensor it reads."""
         if self.kind is BiasKind.TABLE:
             return ("gather", self.table) if entry is None else ("atlas", self.atlas(entry))
+        if self.kind is BiasKind.NONE and entry is not None:
+            return "mask", entry
         return {BiasKind.NONE: "none", BiasKind.POSITIONS: "positions", BiasKind.DECOMPOSED: "decomposed"}[
             self.kind
         ], self.table
@@ -158,12 +161,26 @@ class _Call:
         )
 
     def entry(self, plan: Schedule, config: Config, *, inverse: bool) -> Tensor | None:
-        """Flat table entries (K, M, N) of a schedule, None where its atlas would be too large to make."""
+        """Flat table entries (K, M, N) of a schedule, or its mask (0 and -inf) where there is no table.
+
+        None where the atlas made of them would be too large, and for kinds of bias that kernels look up themselves.
+        """
+        masks = self.kind is BiasKind.NONE
         pairs = plan.kinds * config.block_m * plan.streamed.shape[2]
-        if self.kind is not BiasKind.TABLE or pairs * self.heads * 4 > ATLAS_BYTES:
+        if not (masks or self.kind is BiasKind.TABLE) or pairs * (1 if masks else self.heads) * 4 > ATLAS_BYTES:
             return None
-        key = ("entries", self.pattern, self.height, self.width, config.block_m, config.block_n, self.device, inverse)
-        found: Tensor = cached(key, self.device, lambda: torch.from_numpy(plan.entries()).to(self.device))
+
+        def build() -> Tensor:
+            entry = torch.from_numpy(plan.entries()).to(self.device)
+            return (
+                entry.new_zeros(entry.shape, dtype=torch.float32).masked_fill_(entry < 0, -torch.inf)
+                if masks
+                else entry
+            )
+
+        name = "mask" if masks else "entries"
+        key = (name, self.pattern, self.height, self.width, config.block_m, config.block_n, self.device, inverse)
+        found: Tensor = cached(key, self.device, build)
         return found
 
     def cell_runs(self, config: Config) -> Runs:
@@ -189,27 +206,30 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, H, W, h, d_v) in q's dtype and the log-sum-exp (B, H, W, h) of every query's scores.
 
-    The second is empty where `need_lse` is False.
+    The second is empty where `need_lse` is False, and not written by a pattern in cells, whose backward pass reads none.
     """
     call = _Call(q, k, v, bias, rel_x, pattern, scale)
     out = q.new_empty(*q.shape[:4], call.dv)
     lse = torch.empty(q.shape[:4] if need_lse else 0, dtype=torch.float32, device=q.device)
-    (_forward_tiles if call.cells is None else _forward_cells)(call, out, lse, need_lse)
+    if call.cells is None:
+        _forward_tiles(call, out, lse, need_lse)
+    else:
+        _forward_cells(call, out)
     return out, lse
 
 
-def _forward_cells(call: _Call, out: Tensor, lse: Tensor, need_lse: bool) -> None:
+def _forward_cells(call: _Call, out: Tensor) -> None:
     held = call.cells
     assert held is not None
     slots = held.offset.shape[1]
     config = call.config("window.forward", f"cell{slots}")
     plan = call.cell_runs(config)
     how, terms = _cell_bias(call, held)
+    common = call.common()
     window.forward_kernel[plan.table.shape[0] * call.heads,](
-        call.q, call.k, call.v, out, lse, plan.table, held.first, held.offset, _order(held.order, held.first), terms,
-        call.codes, call.queries, call.scale * LOG2_E, *_images(call.common(), call.q, call.k, call.v),
-        BLOCK_M=slots, ENTRIES=call.entries, CENTRE=call.centre, BIAS=how, NEED_LSE=need_lse,
-        num_warps=config.num_warps, num_stages=config.num_stages, **call.common(),
+        call.q, call.k, call.v, out, plan.table, held.first, held.offset, _order(held.order, held.first), terms,
+        call.codes, call.queries, call.scale * LOG2_E, *_images(common, call.q, call.k, call.v),
+        BLOCK_M=slots, ENTRIES=call.entries, CENTRE=call.centre, BIAS=how, num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip
 
 
@@ -320,7 +340,7 @@ def _position_entries(call: _Call, queries: Tensor, keys: Tensor, allowed: Tenso
 def _backward_tiles(
     call: _Call, grad: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, bias_needs_grad: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    delta = torch.empty_like(lse)
+    delta, level = torch.empty_like(lse), torch.empty_like(lse)
     drel = torch.zeros_like(call.rel) if call.kind is BiasKind.DECOMPOSED else call.rel
     config = call.config("neighborhood.query", call.family)
     plan = call.schedule(config, inverse=False)
@@ -328,28 +348,28 @@ def _backward_tiles(
     how, terms = call.tile_bias(plan, entry)
     common = call.common(grad, dq)
     neighborhood.query_kernel[_programs(call, plan, config),](
-        grad, call.q, call.k, call.v, out, lse, dq, delta, drel, plan.tiles, plan.resident, plan.streamed,
+        grad, call.q, call.k, call.v, out, lse, dq, delta, level, drel, plan.tiles, plan.resident, plan.streamed,
         _order(plan.order, plan.tiles), terms, call.codes, call.rel, call.batch, plan.tiles.shape[0], call.queries,
         call.scale * LOG2_E, call.scale, *_images(common, grad, call.q, call.k, call.v, dq),
         **_tile_constants(call, plan, config, how), ZERO_KEYS=plan.zero_keys, IMAGES=config.run,
         REL_Y=call.rel_rows[0], REL_X=call.rel_rows[1], KEYS_Y=power_of_two(plan.sides[0]), KEYS_X=power_of_two(plan.sides[1]),
         **constants(G=grad, DQ=dq), **common,
     )  # fmt: skip
-    _backward_keys(call, grad, lse, delta, dk, dv)
+    _backward_keys(call, grad, delta, level, dk, dv)
     if call.kind is BiasKind.DECOMPOSED:
         return _backward_rel(call, drel, dq) if bias_needs_grad else _add_rel(call, drel, dq)
     if not bias_needs_grad or call.bias is None:
         return None, None
-    return _bias_gradient(call, grad, lse, delta), None
+    return _bias_gradient(call, grad, delta, level), None
 
 
-def _backward_keys(call: _Call, grad: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+def _backward_keys(call: _Call, grad: Tensor, delta: Tensor, level: Tensor, dk: Tensor, dv: Tensor) -> None:
     config = call.config("neighborhood.key", call.family)
     plan = call.schedule(config, inverse=True)
     how, terms = call.tile_bias(plan, call.entry(plan, config, inverse=True))
     common = call.common(grad, dk, dv)
     neighborhood.key_kernel[_programs(call, plan, config),](
-        grad, call.q, call.k, call.v, lse, delta, dk, dv, plan.tiles, plan.resident, plan.streamed,
+        grad, call.q, call.k, call.v, delta, level, dk, dv, plan.tiles, plan.resident, plan.streamed,
         _order(plan.order, plan.tiles), terms, call.codes, call.rel, call.batch, plan.tiles.shape[0], call.queries,
         call.scale * LOG2_E, call.scale, *_images(common, grad, call.q, call.k, call.v, dk, dv),
         **_tile_constants(call, plan, config, how), IMAGES=config.run, REL_Y=call.rel_rows[0], REL_X=call.rel_rows[1],
@@ -359,7 +379,8 @@ def _backward_keys(call: _Call, grad: Tensor, lse: Tensor, delta: Tensor, dk: Te
 
 def _add_rel(call: _Call, drel: Tensor, dq: Tensor) -> tuple[None, None]:
     """What a decomposed bias sends back to q."""
-    dq += torch.matmul(drel, call.rel_tables)
+    with own_precision(call.device):
+        dq += torch.matmul(drel, call.rel_tables)
     return None, None
 
 
@@ -367,12 +388,13 @@ def _backward_rel(call: _Call, drel: Tensor, dq: Tensor) -> tuple[Tensor, Tensor
     _add_rel(call, drel, dq)
     assert call.bias is not None
     assert call.rel_x is not None
-    tables = torch.matmul(drel.flatten(0, 3).transpose(0, 1), call.q.reshape(-1, call.d))
+    with own_precision(call.device):
+        tables = torch.matmul(drel.flatten(0, 3).transpose(0, 1), call.q.reshape(-1, call.d))
     dy, dx = tables.split(list(call.rel_rows))
     return dy.to(call.bias.dtype), dx.to(call.rel_x.dtype)
 
 
-def _bias_gradient(call: _Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _bias_gradient(call: _Call, grad: Tensor, delta: Tensor, level: Tensor) -> Tensor:
     """Gradient of a bias table: score gradients summed over tiles of a kind, then over the sources of each entry."""
     config = call.config("neighborhood.bias", call.family)
     plan = call.schedule(config, inverse=False)
@@ -384,7 +406,7 @@ def _bias_gradient(call: _Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Ten
         size = (work.table.shape[0], call.heads, config.block_m, plan.streamed.shape[2])
         partial = torch.empty(size, dtype=torch.float32, device=call.device)
         neighborhood.bias_kernel[work.table.shape[0] * call.heads * (size[3] // config.block_n),](
-            grad, call.q, call.k, call.v, lse, delta, partial, work.table, members, plan.tiles, plan.resident,
+            grad, call.q, call.k, call.v, delta, level, partial, work.table, members, plan.tiles, plan.resident,
             plan.streamed, _order(plan.order, plan.tiles), terms, call.codes, call.rel, call.queries,
             call.scale * LOG2_E, *_images(common, grad, call.q, call.k, call.v),
             **_tile_constants(call, plan, config, how), ZERO_KEYS=plan.zero_keys, **constants(G=grad), **common,
@@ -404,7 +426,9 @@ def _bias_work(call: _Call, plan: Schedule, config: Config) -> Any:
     for first in range(0, len(groups), at_once):
         part = groups[first : first + at_once]
         key = ("bias work", call.pattern, call.height, call.width, call.batch, config, call.kind, first, at_once)
-        yield cached((*key, call.device), call.device, lambda part=part: _piece(call, plan, config, part, at_once)).parts
+        yield cached(
+            (*key, call.device), call.device, lambda part=part: _piece(call, plan, config, part, at_once)
+        ).parts
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ def forward_kernel(
     place_m, place_n = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
     kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
     m = tl.arange(0, BLOCK_M)
-    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE)
+    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True)
     for image in range(first, min(first + IMAGES, batch)):
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
@@ -50,7 +50,8 @@ def forward_kernel(
         value = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         for start in range(0, count, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
-            token_n, present_n = locate(tl.load(streamed + kind * STREAMED * SLOTS + n), place_n, order, CURVE)
+            offset_n = tl.load(streamed + kind * STREAMED * SLOTS + n)
+            token_n, present_n = locate(offset_n, place_n, order, CURVE, ZERO_KEYS)
             key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
             score = product(query, tl.trans(key), PRECISION) * scale
             score = add_terms(
@@ -67,7 +68,7 @@ def forward_kernel(
             value = value * fade[:, None] + product(weight.to(values.dtype), values, PRECISION)
             peak = higher
         seen = total > 0.0
-        value = value / tl.where(seen, total, 1.0)[:, None]
+        value = value * (1.0 / tl.where(seen, total, 1.0))[:, None]
         out_at = out + image * queries * (HEADS * DV) + head * DV
         store_vectors(out_at, token_m, present_m, value, HEADS * DV, DV, BLOCK_DV, WIDE)
         if NEED_LSE:
@@ -77,7 +78,7 @@ def forward_kernel(
 
 @triton.jit
 def query_kernel(
-    grad, q, k, v, out, lse, dq, delta, drel, tiles, resident, streamed, order, bias, codes, rel,
+    grad, q, k, v, out, lse, dq, delta, level, drel, tiles, resident, streamed, order, bias, codes, rel,
     batch, tile_count, queries, scale, softmax_scale, g_image, q_image, k_image, v_image, dq_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -88,9 +89,9 @@ def query_kernel(
     KEYS_X: tl.constexpr,
     BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries, and delta = sum(grad * out) (B, queries, HEADS) for the other passes.
+    """dQ of one tile of queries; for the other passes delta = sum(grad * out) and level, the log-sum-exp in base 2.
 
-    With a decomposed bias also drel (B, queries, HEADS, REL_Y + REL_X), the gradient of q . rel, zero on entry.
+    delta, level: (B, queries, HEADS) float32. With a decomposed bias also drel (B, queries, HEADS, REL_Y + REL_X), the gradient of q . rel, zero on entry.
     KEYS_Y, KEYS_X: a tile's streamed rows and columns, rounded up to a power of two.
     """
     program = tl.program_id(0)
@@ -100,7 +101,7 @@ def query_kernel(
     place_m, place_n = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
     kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
     m = tl.arange(0, BLOCK_M)
-    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE)
+    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True)
     for image in range(first, min(first + IMAGES, batch)):
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
@@ -113,15 +114,17 @@ def query_kernel(
         g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)
         o = load_vectors(out_at, token_m, present_m, HEADS * DV, DV, BLOCK_DV, False, WIDE)
         shift = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        height = to_log2(tl.load(lse + sums_at))
         tl.store(delta + sums_at, shift, mask=present_m)
-        level = to_log2(tl.load(lse + sums_at))
+        tl.store(level + sums_at, height, mask=present_m)
         gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if BIAS == "decomposed":
             rel_y = tl.zeros([BLOCK_M, KEYS_Y], tl.float32)
             rel_x = tl.zeros([BLOCK_M, KEYS_X], tl.float32)
         for start in range(0, count, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
-            token_n, present_n = locate(tl.load(streamed + kind * STREAMED * SLOTS + n), place_n, order, CURVE)
+            offset_n = tl.load(streamed + kind * STREAMED * SLOTS + n)
+            token_n, present_n = locate(offset_n, place_n, order, CURVE, ZERO_KEYS)
             key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
             score = product(query, tl.trans(key), PRECISION) * scale
             score = add_terms(
@@ -129,7 +132,7 @@ def query_kernel(
                 HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, False, CURVE,
             )  # fmt: skip
             values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
-            ds = tl.exp2(score - level[:, None]) * (product(g, tl.trans(values), PRECISION) - shift[:, None])
+            ds = tl.exp2(score - height[:, None]) * (product(g, tl.trans(values), PRECISION) - shift[:, None])
             gradient += product(ds.to(key.dtype), key, PRECISION)
             if BIAS == "decomposed":
                 at = streamed + kind * STREAMED * SLOTS + n
@@ -151,7 +154,7 @@ def query_kernel(
 
 @triton.jit
 def key_kernel(
-    grad, q, k, v, lse, delta, dk, dv, tiles, resident, streamed, order, bias, codes, rel,
+    grad, q, k, v, delta, level, dk, dv, tiles, resident, streamed, order, bias, codes, rel,
     batch, tile_count, queries, scale, softmax_scale, g_image, q_image, k_image, v_image, dk_image, dv_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -170,7 +173,7 @@ def key_kernel(
     place_m, place_n = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
     kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
     m = tl.arange(0, BLOCK_M)
-    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE)
+    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True)
     for image in range(first, min(first + IMAGES, batch)):
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
@@ -184,14 +187,15 @@ def key_kernel(
         value_gradient = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         for start in range(0, count, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
-            token_n, present_n = locate(tl.load(streamed + kind * STREAMED * SLOTS + n), place_n, order, CURVE)
+            offset_n = tl.load(streamed + kind * STREAMED * SLOTS + n)
+            token_n, present_n = locate(offset_n, place_n, order, CURVE, False)
             query = load_vectors(q_at, token_n, present_n, Q_TOKEN, D, BLOCK_D, False, WIDE)
             score = product(key, tl.trans(query), PRECISION) * scale
             score = add_terms(
                 score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
                 HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, True, CURVE,
             )  # fmt: skip
-            weight = tl.exp2(score - to_log2(tl.load(lse + sums_at + token_n * HEADS))[None, :])
+            weight = tl.exp2(score - tl.load(level + sums_at + token_n * HEADS)[None, :])
             g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False, WIDE)
             value_gradient += product(weight.to(g.dtype), g, PRECISION)
             shift = tl.load(delta + sums_at + token_n * HEADS)
@@ -205,7 +209,7 @@ def key_kernel(
 
 @triton.jit
 def bias_kernel(
-    grad, q, k, v, lse, delta, partial, runs, members, tiles, resident, streamed, order, bias, codes, rel,
+    grad, q, k, v, delta, level, partial, runs, members, tiles, resident, streamed, order, bias, codes, rel,
     queries, scale, g_image, q_image, k_image, v_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -224,15 +228,15 @@ def bias_kernel(
     start = (program // HEADS) % (SLOTS // BLOCK_N) * BLOCK_N
     run = program // (HEADS * (SLOTS // BLOCK_N))
     kind, begin, count = tl.load(runs + run * 5), tl.load(runs + run * 5 + 1), tl.load(runs + run * 5 + 2)
-    first, items = tl.load(runs + run * 5 + 3).to(tl.int64), tl.load(runs + run * 5 + 4)
+    first, items = tl.load(runs + run * 5 + 3), tl.load(runs + run * 5 + 4)
     m, n = tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
     offset_m = tl.load(resident + kind * RESIDENT * BLOCK_M + m)
     offset_n = tl.load(streamed + kind * STREAMED * SLOTS + n)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for item in range(first, first + items):
-        tile, image = tl.load(members + begin + item % count), item // count
-        token_m, present_m = locate(offset_m, tl.load(tiles + tile * 4), order, CURVE)
-        token_n, present_n = locate(offset_n, tl.load(tiles + tile * 4 + 1), order, CURVE)
+        tile, image = tl.load(members + begin + item % count), (item // count).to(tl.int64)
+        token_m, present_m = locate(offset_m, tl.load(tiles + tile * 4), order, CURVE, True)
+        token_n, present_n = locate(offset_n, tl.load(tiles + tile * 4 + 1), order, CURVE, ZERO_KEYS)
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
         v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
@@ -245,7 +249,7 @@ def bias_kernel(
             score, resident, streamed, bias, codes, rel, head, kind, m, n, token_m, token_n,
             HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, 0, 0, BIAS, False, CURVE,
         )  # fmt: skip
-        weight = tl.exp2(score - to_log2(tl.load(lse + sums_at))[:, None])
+        weight = tl.exp2(score - tl.load(level + sums_at)[:, None])
         g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)
         values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
         total += weight * (product(g, tl.trans(values), PRECISION) - tl.load(delta + sums_at)[:, None])

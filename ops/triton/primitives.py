@@ -19,10 +19,15 @@ STREAMED = tl.constexpr(len(schedule.STREAMED_FIELDS))
 
 
 @triton.jit
-def locate(offset, place, order, CURVE: tl.constexpr):
-    """Tokens of slots whose offsets from `place` are given, and which slots have one; the others get the token there."""
+def locate(offset, place, order, CURVE: tl.constexpr, MASKED: tl.constexpr):
+    """Tokens of slots whose offsets from `place` are given, and which slots have one; the others get the token there.
+
+    Where MASKED is not set every slot has one.
+    """
     present = offset > ABSENT
-    token = place + tl.where(present, offset, 0)
+    if MASKED:
+        offset = tl.where(present, offset, 0)
+    token = place + offset
     if CURVE:
         token = tl.load(order + token)
     return token, present
@@ -93,13 +98,15 @@ def add_terms(
 ):  # fmt: skip
     """Bias and mask of a tile's scores, by kind of bias.
 
-    "atlas": both are one table per kind of tile and head. All others compare places with the intervals; "gather" takes
+    "atlas": both are one table per kind of tile and head; "mask": the same without bias and heads. All others compare places with the intervals; "gather" takes
     entries of a displacement table by the sum of two codes, "positions" by the difference of two tokens' codes,
     "decomposed" takes q . rel of the query's row of `rel`, one entry per axis. INVERSE: resident tokens are keys.
     """
     if BIAS == "atlas":
         row = (kind * HEADS + head) * BLOCK_M + m
         return score + tl.load(bias + row[:, None] * SLOTS + n[None, :])
+    if BIAS == "mask":
+        return score + tl.load(bias + (kind * BLOCK_M + m)[:, None] * SLOTS + n[None, :])
     own = resident + kind * RESIDENT * BLOCK_M + m
     other = streamed + kind * STREAMED * SLOTS + n
     y = tl.load(other + SLOTS)[None, :]

@@ -12,6 +12,7 @@ from . import block_sparse
 from .configs import Config, architecture, choose, precision_name
 from .launch import constants, power_of_two, precision, readable, strides, units, wide
 from .local import LOG2_E
+from .schedule import LOAD_SCORES
 
 __all__ = ["backward", "forward"]
 
@@ -44,7 +45,7 @@ class _Call:
         return choose(f"routing.{op}", arch, precision_name(self.q.dtype), block_d, f"region{slots}")
 
     def _dense(self, config: Config) -> bool:
-        """Whether masking the whole image computes fewer scores than lists, whose tiles hold one region each."""
+        """Whether masking the whole image is less work than lists, whose tiles hold one region each."""
         r, tokens = self.regions, self.regions.height * self.regions.width
         if r.count > MOST_BITS or self.zero_keys:
             return False
@@ -52,8 +53,11 @@ class _Call:
         def padded(n: int, block: int) -> int:
             return -(-n // block) * block
 
-        lists = r.count * padded(r.tokens, config.block_m) * padded(self.topk * r.tokens, config.block_n)
-        return padded(tokens, 64) * padded(tokens, config.block_n) < lists
+        def work(tiles: int, block_m: int, streamed: int) -> int:
+            return tiles * (block_m + LOAD_SCORES) * padded(streamed, config.block_n)
+
+        lists = work(r.count * -(-r.tokens // config.block_m), config.block_m, self.topk * r.tokens)
+        return work(-(-tokens // 64), 64, tokens) < lists
 
     def tiles(self, config: Config) -> int:
         """Tiles of one image."""
@@ -103,17 +107,17 @@ def backward(
 ) -> None:  # fmt: skip
     """Fill dq, dk and dv (all entries are written)."""
     call = _Call(q, k, v, routes, regions, zero_pad, scale)
-    grad, delta = readable(grad, "grad"), torch.empty_like(lse)
+    grad, (delta, level) = readable(grad, "grad"), (torch.empty_like(lse), torch.empty_like(lse))
     common = call.common("query", grad, dq, G=grad, DQ=dq)
     block_sparse.query_kernel[call.programs("query"),](
-        grad, call.q, call.k, call.v, out, lse, dq, delta, call.routes, call.chosen, scale * LOG2_E, scale,
+        grad, call.q, call.k, call.v, out, lse, dq, delta, level, call.routes, call.chosen, scale * LOG2_E, scale,
         *(strides(t).image // common["UNIT"] for t in (grad, call.q, call.k, call.v, dq)),
         ZERO_KEYS=call.zero_keys, **common,
     )  # fmt: skip
     chosen_by, bounds = (call.routes, call.routes) if call.dense else inverse_lists(call.routes, regions.count)
     common = call.common("key", grad, dk, dv, G=grad, DK=dk, DV=dv)
     block_sparse.key_kernel[call.programs("key"),](
-        grad, call.q, call.k, call.v, lse, delta, dk, dv, chosen_by, bounds, call.chosen, scale * LOG2_E, scale,
+        grad, call.q, call.k, call.v, delta, level, dk, dv, chosen_by, bounds, call.chosen, scale * LOG2_E, scale,
         *(strides(t).image // common["UNIT"] for t in (grad, call.q, call.k, call.v, dk, dv)),
         **common,
     )  # fmt: skip

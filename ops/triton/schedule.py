@@ -23,10 +23,11 @@ from ..curves import curve_order
 from ..patterns import Axis, Pattern, Resolved, resolve
 from ..tiles import Band, TileShape, axis_bands, inverse_axis
 
-__all__ = ["ABSENT", "Cells", "Runs", "Schedule", "cells", "runs", "schedule"]
+__all__ = ["ABSENT", "Cells", "Runs", "Schedule", "cells", "in_cells", "runs", "schedule"]
 
 ABSENT = -(1 << 30)  # offset of a slot without a token
 NOWHERE = 1 << 20  # coordinate of an empty streamed slot: beyond every interval
+MOST_CELL = 64  # tokens of a cell that one program holds whole
 LOAD_SCORES = 12  # what streaming one token costs, in scores of one resident token
 
 RESIDENT_FIELDS = ("offset", "low_y", "high_y", "low_x", "high_x", "code", "rel_y", "rel_x")
@@ -316,18 +317,21 @@ def _cell_size(pattern: Pattern, height: int, width: int) -> tuple[int, int] | N
     return sizes[0], sizes[1]
 
 
-def cells(pattern: Pattern, height: int, width: int, most: int, device: torch.device) -> Cells | None:
-    """The cells of a pattern, None where it has none or where they hold more than `most` tokens; cached."""
+def in_cells(pattern: Pattern, height: int, width: int) -> bool:
+    """Whether a pattern cuts the map into cells small enough for one program to hold whole."""
     size = _cell_size(pattern, height, width)
-    if size is None or size[0] * size[1] > most:
-        return None
+    return size is not None and size[0] * size[1] <= MOST_CELL
+
+
+def cells(pattern: Pattern, height: int, width: int, device: torch.device) -> Cells:
+    """The cells of a pattern that has them; cached."""
+    size = _cell_size(pattern, height, width)
+    assert size is not None
 
     def build() -> Cells:
         slots = max(16, 1 << (size[0] * size[1] - 1).bit_length())
         resolved = resolve(pattern, height, width)
-        rows, columns = (
-            axis_tiles(a, s, inverse=False) for a, s in zip((resolved.y, resolved.x), size, strict=True)
-        )
+        rows, columns = (axis_tiles(a, s, inverse=False) for a, s in zip((resolved.y, resolved.x), size, strict=True))
         pitch = 2 * resolved.x.reach + 1
         alike: dict[tuple[bytes, bytes], list[tuple[AxisTile, AxisTile]]] = {}
         for r in rows:

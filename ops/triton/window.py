@@ -37,25 +37,24 @@ def _cell_bias(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, runs, first_token, offset, order, bias, codes,
+    q, k, v, out, runs, first_token, offset, order, bias, codes,
     tokens, scale, q_image, k_image, v_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr, CURVE: tl.constexpr, NEED_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr, CURVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of a run of cells. out: (B, tokens, HEADS, DV), lse: (B, tokens, HEADS) float32."""
+    """Output (B, tokens, HEADS, DV) of a run of cells. `scale` multiplies q . k, log2(e) included."""
     head, run = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     kind, begin, count = tl.load(runs + run * 5), tl.load(runs + run * 5 + 1), tl.load(runs + run * 5 + 2)
-    first, items = tl.load(runs + run * 5 + 3).to(tl.int64), tl.load(runs + run * 5 + 4)
+    first, items = tl.load(runs + run * 5 + 3), tl.load(runs + run * 5 + 4)
     m = tl.arange(0, BLOCK_M)
     offsets = tl.load(offset + kind * BLOCK_M + m)
-    token, present = locate(offsets, tl.load(first_token + begin), order, CURVE)
+    token, present = locate(offsets, tl.load(first_token + begin), order, CURVE, True)
     term = _cell_bias(bias, codes, head, kind, present, token, HEADS, BLOCK_M, ENTRIES, CENTRE, BIAS)
     for item in range(first, first + items):
-        image = item // count
-        token, present = locate(offsets, tl.load(first_token + begin + item % count), order, CURVE)
+        image = (item // count).to(tl.int64)
+        token, present = locate(offsets, tl.load(first_token + begin + item % count), order, CURVE, True)
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
         v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
@@ -66,12 +65,9 @@ def forward_kernel(
         peak = tl.max(score, 1)
         weight = tl.exp2(score - peak[:, None])
         total = tl.sum(weight, 1)
-        value = product(weight.to(values.dtype), values, PRECISION) / total[:, None]
+        value = product(weight.to(values.dtype), values, PRECISION) * (1.0 / total)[:, None]
         out_at = out + image * tokens * (HEADS * DV) + head * DV
         store_vectors(out_at, token, present, value, HEADS * DV, DV, BLOCK_DV, WIDE)
-        if NEED_LSE:
-            at = lse + image * tokens * HEADS + token * HEADS + head
-            tl.store(at, (peak + tl.log2(total)) / LOG2E, mask=present)
 
 
 @triton.jit
@@ -89,16 +85,16 @@ def backward_kernel(
     """dQ, dK, dV of a run of cells and the sum of its score gradients, partial (runs, HEADS, BLOCK_M, BLOCK_M)."""
     head, run = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     kind, begin, count = tl.load(runs + run * 5), tl.load(runs + run * 5 + 1), tl.load(runs + run * 5 + 2)
-    first, items = tl.load(runs + run * 5 + 3).to(tl.int64), tl.load(runs + run * 5 + 4)
+    first, items = tl.load(runs + run * 5 + 3), tl.load(runs + run * 5 + 4)
     m = tl.arange(0, BLOCK_M)
     offsets = tl.load(offset + kind * BLOCK_M + m)
-    token, present = locate(offsets, tl.load(first_token + begin), order, CURVE)
+    token, present = locate(offsets, tl.load(first_token + begin), order, CURVE, True)
     term = _cell_bias(bias, codes, head, kind, present, token, HEADS, BLOCK_M, ENTRIES, CENTRE, BIAS)
     if BIAS_GRADIENT:
         summed = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     for item in range(first, first + items):
-        image = item // count
-        token, present = locate(offsets, tl.load(first_token + begin + item % count), order, CURVE)
+        image = (item // count).to(tl.int64)
+        token, present = locate(offsets, tl.load(first_token + begin + item % count), order, CURVE, True)
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
         v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
@@ -110,7 +106,7 @@ def backward_kernel(
         g = load_vectors(g_at, token, present, G_TOKEN, DV, BLOCK_DV, True, WIDE)
         score = product(query, tl.trans(key), PRECISION) * scale + term
         weight = tl.exp2(score - tl.max(score, 1)[:, None])
-        weight = weight / tl.sum(weight, 1)[:, None]
+        weight = weight * (1.0 / tl.sum(weight, 1))[:, None]
         dp = product(g, tl.trans(values), PRECISION)
         ds = weight * (dp - tl.sum(weight * dp, 1)[:, None])
         if BIAS_GRADIENT:
