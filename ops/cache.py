@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
-__all__ = ["SCHEDULES", "TensorCache"]
+__all__ = ["SCHEDULES", "Held", "Sized", "TensorCache"]
 
 
 class Sized(Protocol):

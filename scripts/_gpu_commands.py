@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_measuring import LEAST_S, ROOT, SCRIPTS, Section, last_line
+from _gpu_measuring import LEAST_S, ROOT, SCRIPTS, Section, end, last_line
 from _gpu_rows import OUT_OF_TIME, Row, make_row
 
 PYTEST = [
@@ -68,9 +68,7 @@ def _ended(command: Sequence[str], seconds: float, stream: Any) -> int | None:
             process.wait(grace)
         return None
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        end(process)
 
 
 def _test_rows(root: ElementTree.Element) -> list[Row]:

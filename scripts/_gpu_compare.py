@@ -86,9 +86,22 @@ class Case:
         compiling = sum(c.first_s * len(c.passes) for c in self.contenders)
         return Task(self.key, self._plan, self._run, needs_s=8.0, most_s=40.0 + 2 * compiling)
 
+    def wanted(self) -> list[str]:
+        """The targets, in words."""
+        texts = [f"{what} <= {limit:g} us" for what, limit in self.most_us.items()]
+        if self.least_fraction is not None:
+            texts.append(f">= {100 * self.least_fraction:g} % of the floor's speed")
+        for (group, what), limit in self.ratios.items():
+            least = self._members(group)[0].bound == "least"
+            texts.append(f"{what} >= {limit:g} x {group}" if least else f"{what} <= {limit:g} of {group}")
+        return texts
+
+    def _members(self, group: str) -> list[Contender]:
+        return [c for c in self.contenders if (c.group or c.name) == group]
+
     def _row(self, what: str, **fields: Any) -> Row:
-        dtype = str(self.shape.dtype).removeprefix("torch.")
-        return make_row("ops", self.claim, self.name, what, **{"shape": str(self.shape), "dtype": dtype} | fields)
+        common = {"shape": str(self.shape), "dtype": self.shape.dtype_name}
+        return make_row("ops", self.claim, self.name, what, **common | fields)
 
     def _plan(self) -> list[Row]:
         rows = [self._row(what) for what in self.passes]
@@ -120,7 +133,9 @@ class Case:
             else:
                 runners[contender.name] = built
         rows = [self._pass(context, what, runners, failed, errors) for what in self.passes]
-        return rows + ([self._memory(context, what, runners) for what in (FORWARD, BOTH)] if self.memory else [])
+        if self.memory and not context.dry:
+            rows += [self._memory(context, what, runners) for what in (FORWARD, BOTH)]
+        return rows
 
     def _pass(
         self, context: Context, what: str, runners: Mapping[str, Runner], failed: Mapping[str, str], errors: Any
@@ -133,6 +148,7 @@ class Case:
             runs,
             rounds=context.rounds,
             seconds=context.round_seconds,
+            graph=what != BACKWARD,  # of a pass that ran outside of a capture, the backward cannot be captured
             inspect=None if what == BACKWARD else Comparison(runners, limit),
             left_s=context.left_s,
             needs_s={c.name: c.first_s for c in self.contenders} if not context.dry else None,
@@ -155,7 +171,7 @@ class Case:
             add_target(row, "fraction of the floor", self.least_fraction, "least", row["fraction"])
         for (group, which), limit in self.ratios.items():
             if which == what:
-                members = [c for c in self.contenders if (c.group or c.name) == group]
+                members = self._members(group)
                 names = {c.name for c in members}
                 ratios = [p["ratio"] for p in row["peers"] if p["name"] in names and p["ratio"] is not None]
                 of = f"x {group}" if members[0].bound == "least" else f"of {group}"
@@ -169,15 +185,12 @@ class Case:
         held, least = (3 * one, 4 * one) if what == FORWARD else (4 * one, 8 * one)
         for name, runner in runners.items():
             peak = attempt(context.device, partial(context.device.peak_bytes, _call(runner, what)))
-            if isinstance(peak, int):
-                value, note = (held + peak) / least, ""
-            else:
-                value, note = None, peak or "not counted on this device"
+            value, note = ((held + peak) / least, "") if isinstance(peak, int) else (None, str(peak))
             if name == OURS:
                 row |= {"ours": value, "note": note}
             else:
                 row["peers"].append(make_peer(name, value, row, note=note))
-        if not context.dry and self.memory is not None:
+        if self.memory is not None:
             add_target(row, "of q, k, v, o", self.memory, "most", row["ours"])
         return row
 

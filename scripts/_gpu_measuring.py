@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,6 +83,8 @@ def measured(name: str, how: Measuring, seconds: float, say: Say, keep: Callable
         tasks = [t for t in section_tasks(name) if not how.cases or any(fnmatch(t.key, c) for c in how.cases)]
     except Exception as error:  # the other sections still have their turn
         return Section([make_row(name, "", name, "", note=one_line(error))])
+    if not tasks:
+        return Section([make_row(name, "", name, "", note=f"nothing is called {' or '.join(how.cases)}")])
     deadline, section = time.monotonic() + seconds, Section()
     while tasks:
         left = deadline - time.monotonic()
@@ -91,8 +96,11 @@ def measured(name: str, how: Measuring, seconds: float, say: Say, keep: Callable
             file = Path(folder) / "rows"
             command = how.command(name, [task.key for task in tasks], file, left)
             with open(Path(folder) / "errors", "w+", encoding="utf-8") as errors:
-                process = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
-                done = _followed(process, file, tasks, deadline, section, say, keep)
+                process = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors, start_new_session=True)
+                try:
+                    done = _followed(process, file, tasks, deadline, section, say, keep)
+                finally:
+                    end(process)
                 errors.seek(0)
                 last = last_line(errors.read())
         tasks = tasks[done.tasks :]
@@ -150,14 +158,20 @@ def _followed(
         elif running and spent > most[running]:
             why = f"ended after {spent:.0f} s"
         if why:
-            process.kill()
-            process.wait()
+            end(process)
             break
         time.sleep(POLL_S)
     # one that ends between two tasks has lost the device, and said so in its rows
     if not why and finished < len(tasks) and (running or not finished):
         why = f"the process ended with code {process.returncode}"
     return _Done(finished, why, late, fatal=not running and not finished)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process that leads a session, with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _lines(file: Path) -> Callable[[], Iterator[dict[str, Any]]]:

@@ -95,7 +95,7 @@ def host_task(operators: Mapping[str, Attention], size: int) -> Task:
 
 
 def _host_row(name: str, shape: Shape) -> Row:
-    return make_row("ops", "9", name, "host, forward", shape=str(shape), dtype="bfloat16")
+    return make_row("ops", "9", name, "host, forward", shape=str(shape), dtype=shape.dtype_name)
 
 
 def _host(operators: Mapping[str, Attention], shape: Shape, context: Context) -> list[Row]:
@@ -150,7 +150,7 @@ def repeats_task(operators: Mapping[str, Attention], size: int) -> Task:
 
 def _repeats_row(name: str, shape: Shape) -> Row:
     what = f"different results of {REPEATS} repeats, forward + backward"
-    return make_row("ops", "4", name, what, unit="results", shape=str(shape), dtype="bfloat16")
+    return make_row("ops", "4", name, what, unit="results", shape=str(shape), dtype=shape.dtype_name)
 
 
 def _repeats(operators: Mapping[str, Attention], shape: Shape, context: Context) -> list[Row]:
@@ -183,7 +183,7 @@ def batch_task(name: str, attention: Attention, shape: Shape) -> Task:
 
 
 def _batch_row(name: str, shape: Shape, **fields: Any) -> Row:
-    return make_row("ops", "", name, "forward, an image", shape=str(shape), dtype="bfloat16", **fields)
+    return make_row("ops", "", name, "forward, an image", shape=str(shape), dtype=shape.dtype_name, **fields)
 
 
 def _batch(name: str, attention: Attention, shape: Shape, context: Context) -> list[Row]:

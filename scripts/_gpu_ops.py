@@ -182,7 +182,7 @@ def _large(kernel_size: int, head_dim: int) -> Case:
         f"neighborhood {kernel_size}x{kernel_size}",
         Local(pattern),
         Shape(8, 128, 128, 128 // head_dim, head_dim),
-        32,
+        32 if kernel_size < 16 else 48,
         (*peers, *_dense(pattern)[1:]),
         passes=TRAINING,
         ratios={(FLEX, what): 1.0 for what in TRAINING},
@@ -245,7 +245,7 @@ def _routing(stage: int, size: int, heads: int, topk: int) -> Case:
         f"bi-level routing, top {topk} of 7x7 regions",
         Routed(7, topk),
         Shape(128, size, size, heads, 32),
-        min(size, 28),
+        size,  # the tokens of a region decide what is run
         (Contender(f"{GATHER}, eager", make, GATHER),),
         passes=TRAINING,
         ratios={(GATHER, what): 4.0 for what in TRAINING},

@@ -76,9 +76,13 @@ def figure(value: float | None, digits: int = 4) -> str:
     return f"{value:.0f}" if "e" in text and abs(value) >= 1 else text
 
 
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def _peer_text(peer: Mapping[str, Any], unit: str) -> str:
     if peer["value"] is None:
-        return f"{peer['name']}: {peer['note']}"
+        return f"{peer['name']}: {_cut(peer['note'], 100)}"
     text = f"{peer['name']}: {figure(peer['value'])} {unit}"
     if peer["ratio"] is None:
         return text
@@ -127,3 +131,21 @@ def table_line(row: Row) -> tuple[str, ...]:
 def markdown_table(rows: Sequence[Row]) -> str:
     """Rows as a Markdown table."""
     return grid([HEAD, *(table_line(row) for row in rows)], markdown=True)
+
+
+def plain_lines(rows: Iterable[Row]) -> list[str]:
+    """Rows as short lines for a terminal: what, figure, fraction of the floor, targets, what went wrong."""
+    lines = []
+    for row in rows:
+        name = ", ".join(part for part in (row["name"], row["what"]) if part)
+        parts = [f"{name} [{row['shape']}]" if row["shape"] else name]
+        if row["ours"] is not None:
+            parts.append(f"{figure(row['ours'])} {row['unit']}")
+        if row["fraction"] is not None:
+            parts.append(f"{100 * row['fraction']:.0f} % of the floor's speed")
+        parts += [_target_text(target) for target in row["targets"]]
+        parts += [f"{p['name']}: {_cut(p['note'], 60)}" for p in row["peers"] if p["value"] is None and p["note"]]
+        if row["note"]:
+            parts.append(_cut(row["note"], 120))
+        lines.append("; ".join(parts))
+    return lines

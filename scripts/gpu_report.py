@@ -5,7 +5,7 @@
     python scripts/gpu_report.py --only ops --case 'na7*'   some comparisons
     python scripts/gpu_report.py --device cpu               a dry run on small shapes: does all of it run
 
-Writes docs/results/DATE-DEVICE.json, after every comparison anew, and a table beside it as Markdown; prints the table
+Writes docs/results/DATE-DEVICE.json, after every comparison anew, and a table beside it as Markdown; prints short lines
 and a last line of JSON. `python scripts/performance.py` makes docs/performance.md of such files. What raises is
 recorded with its error, what does not fit the time with that reason; nothing stops the report.
 """
@@ -13,36 +13,31 @@ recorded with its error, what does not fit the time with that reason; nothing st
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _gpu_machine as machine
 from _gpu_commands import run_tests, run_tune
 from _gpu_measuring import ROOT, Measuring, Section, measured
-from _gpu_rows import Row, counted, failed, markdown_table
+from _gpu_rows import Row, counted, failed, markdown_table, plain_lines
 
 # Sections in the order of their importance, with their shares of the time; what one leaves is for those after it.
 SHARES = {"ops": 0.46, "models": 0.22, "tests": 0.2, "tune": 0.12}
 RESULTS = ROOT / "docs" / "results"
-KIND = "nearfield gpu report"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the report; 0, or 2 where it cannot be made."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+    options = _parsed(argv)
     try:
-        device = _device(options.device)
+        device = machine.device(options.device)
     except ValueError as error:
         print(f"gpu_report: {error}", file=sys.stderr)
         return 2
@@ -55,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {max(seconds, 0.0):.0f} s", file=sys.stderr, flush=True)
         report.add(name, _section(name, options, seconds, report))
     report.result["seconds"] = round(time.monotonic() - started, 1)
-    report.result["device"]["after"] = _driver()
+    report.result["device"]["after"] = machine.driver()
     report.write()
-    rows = report.rows()
-    print(markdown_table(rows))
+    print("\n".join(plain_lines(report.rows())))
     print(json.dumps(report.summary()))
     return 0
 
@@ -68,8 +62,7 @@ def _section(name: str, options: argparse.Namespace, seconds: float, report: _Re
         return run_tests(seconds)
     if name == "tune":
         return run_tune(seconds, report.path.with_suffix(".configs.json"))
-    cases = tuple(options.case) if name == "ops" else ()
-    how = Measuring(options.device, options.backend, options.rounds, options.warm, cases)
+    how = Measuring(options.device, options.backend, options.rounds, options.warm, tuple(options.case))
 
     def say(text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
@@ -83,18 +76,19 @@ class _Report:
     def __init__(self, options: argparse.Namespace, device: dict[str, Any]) -> None:
         date = datetime.datetime.now(datetime.timezone.utc)
         slug = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
-        default = RESULTS / f"{date:%Y-%m-%d}-{slug}.json"
-        self.path: Path = options.out or (Path(f"gpu-report-{slug}.json") if options.device == "cpu" else default)
+        # a dry run is no result
+        folder = Path() if options.device == "cpu" else RESULTS
+        self.path: Path = options.out or _free(folder, f"{date:%Y-%m-%d}-{slug}")
         self.result: dict[str, Any] = {
-            "kind": KIND,
+            "kind": machine.KIND,
             "date": f"{date:%Y-%m-%d %H:%M} UTC",
             "command": " ".join(["python", "scripts/gpu_report.py", *sys.argv[1:]]),
             "measured_on_gpu": options.device == "cuda",
             "backend": options.backend,
             "cold_cache": not options.warm,
             "device": device,
-            "versions": _versions(),
-            "commit": _commit(),
+            "versions": machine.versions(),
+            "commit": machine.commit(),
             "settings": {key: value for key, value in sorted(os.environ.items()) if key.startswith("NEARFIELD_")},
             "seconds": None,
             "sections": {},
@@ -136,6 +130,12 @@ class _Report:
         }
 
 
+def _free(folder: Path, stem: str) -> Path:
+    """A name that no earlier report of the day has."""
+    names = (f"{stem}{f'-{i}' if i > 1 else ''}.json" for i in range(1, 1000))
+    return next(path for path in (folder / name for name in names) if not path.exists())
+
+
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -149,72 +149,13 @@ def _document(result: dict[str, Any], rows: list[Row]) -> str:
     device, versions = result["device"], result["versions"]
     where = device["name"] if result["measured_on_gpu"] else f"{device['name']}, a dry run: its times mean nothing"
     of = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    commit = result["commit"]["hash"] + (" with changes" if result["commit"]["dirty"] else "")
     return f"""# GPU report, {result["date"]}
 
-Written by `{result["command"]}` on {where}; driver {device["driver"] or "unknown"}, {of}, commit {result["commit"]["hash"]}.
+Written by `{result["command"]}` on {where}; driver {device["driver"] or "unknown"}, {of}; commit {commit}.
 
 {markdown_table(rows)}
 """
-
-
-# --- what the figures depend on -------------------------------------------------------------------------------------
-
-
-def _device(kind: str) -> dict[str, Any]:
-    import torch
-
-    if kind == "cpu":
-        return {"name": "cpu", "driver": None, "processors": os.cpu_count(), "before": None, "after": None}
-    if not torch.cuda.is_available():
-        raise ValueError("no CUDA device is there: run it on a machine with one, or take --device cpu for a dry run")
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    before = _driver()
-    return {
-        "name": properties.name,
-        "driver": before["driver_version"] if before else None,
-        "cuda": torch.version.cuda,
-        "capability": f"{properties.major}.{properties.minor}",
-        "processors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
-        "before": before,
-        "after": None,
-    }
-
-
-_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
-
-
-def _driver() -> dict[str, str] | None:
-    """What nvidia-smi says of driver, clocks (MHz), power (W) and temperature; None where it says nothing."""
-    query = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
-    return dict(zip(_FIELDS, values, strict=True)) if len(values) == len(_FIELDS) else None
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "triton", "timm", "nearfield", "numpy", "natten"):
-        found[name] = None
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _commit() -> dict[str, Any]:
-    """Hash of the checkout and whether files differ from it; "unknown" where git does not say."""
-    try:
-        hash_, changes = (
-            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {"hash": "unknown", "dirty": None}
-    return {"hash": hash_.strip(), "dirty": bool(changes.strip())}
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -234,18 +175,25 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-class _Defaults(argparse.Action):
-    """Nothing yet."""
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--only", type=_sections, nargs="+", action="extend", metavar="NAMES", help=f"some of {','.join(SHARES)}"
-    )
-    return parser
+    parser.add_argument("--only", type=_sections, default=list(SHARES), metavar="NAMES", help=f"of {','.join(SHARES)}")
+    parser.add_argument("--case", action="append", default=[], metavar="PATTERN", help="some ops or models, repeatable")
+    parser.add_argument("--seconds", type=_positive, default=500, help="for all of it (default 500)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="instead of docs/results/DATE-DEVICE.json")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    parser.add_argument("--backend", help="of Nearfield's operators (default triton, in a dry run torch)")
+    parser.add_argument("--rounds", type=_positive, help="of a comparison (default 30, in a dry run 3)")
+    parser.add_argument("--warm", action="store_true", help="leave the cache as the call before left it")
+    options = parser.parse_args(argv)
+    dry = options.device == "cpu"
+    options.backend = options.backend or ("torch" if dry else "triton")
+    options.rounds = options.rounds or (3 if dry else 30)
+    if options.out is not None and options.out.suffix != ".json":
+        parser.error(f"--out {options.out} must end in .json")
+    return options
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ def runs_kernel(partial, bounds, summed, pairs, HEADS: tl.constexpr, BLOCK: tl.c
 def table_kernel(
     summed, sources, bounds, gradient, pairs, HEADS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """gradient (HEADS, ENTRIES): each entry is the sum of summed[kind, head, pair] over its sources kind * pairs + pair.
+    """gradient (HEADS, ENTRIES): each entry is the sum of summed[kind, head, pair] over its sources.
 
-    sources[bounds[e]:bounds[e + 1]] (int64) are those of entry e. One program per entry and head.
+    sources[bounds[e]:bounds[e + 1]] (int64) are those of entry e, as kind * pairs + pair. One program per entry and head.
     """
     entry, head = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(bounds + entry), tl.load(bounds + entry + 1)

@@ -1,9 +1,9 @@
 """Routed attention: every region of queries attends a list of key regions of its image, read in place.
 
-A program holds (part of) one region and streams the tokens of the regions on its list: its own top-k list in the forward
-and dQ passes, the regions that chose it in the dK/dV pass (inverse lists, in the order of the queries). Where regions
-are so small that tiles of one region would be mostly empty, tiles of BLOCK_M consecutive tokens stream the whole image and
-a bit per region pair masks the scores.
+A program holds (part of) one region and streams the tokens of the regions on its list: its own top-k list in the
+forward and dQ passes, the regions that chose it in the dK/dV pass (inverse lists, in the order of the queries). Where
+regions are so small that tiles of one region would be mostly empty, tiles of BLOCK_M consecutive tokens stream the
+whole image and a bit per region pair masks the scores.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def query_kernel(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr, SIZE_Y: tl.constexpr, SIZE_X: tl.constexpr,
     DENSE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries; for the dK/dV pass delta = sum(grad * out) and level, lse in base 2, laid out as lse."""
+    """dQ of one tile of queries; for the dK/dV pass delta = sum(grad * out) and level, lse in base 2, laid out so."""
     head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS % TILES
     image = (tl.program_id(0) // (HEADS * TILES)).to(tl.int64)
     region, token_m, present_m = _resident(tile, BLOCK_M, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
@@ -226,7 +226,7 @@ def key_kernel(
     value_gradient = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(0, count, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        token_n, present_n, used = _streamed(n, count, listed, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
+        token_n, present_n, _ = _streamed(n, count, listed, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
         query = load_vectors(q_at, token_n, present_n, Q_TOKEN, D, BLOCK_D, False, WIDE)
         score = product(key, tl.trans(query), PRECISION) * scale
         region_n = _region(token_n, WIDTH, ACROSS, SIZE_Y, SIZE_X)

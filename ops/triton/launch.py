@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cache import SCHEDULES
+from ..cache import SCHEDULES, Held
 
-__all__ = ["Strides", "constants", "empty_like_map", "interpreting", "keep_for_graphs", "power_of_two", "precision",
-           "readable", "refusal", "units"]  # fmt: skip
+__all__ = [
+    "Strides",
+    "cached",
+    "constants",
+    "interpreting",
+    "layout",
+    "power_of_two",
+    "precision",
+    "readable",
+    "refusal",
+    "units",
+    "wide",
+]
 
 VECTOR = 8  # elements of 16 bytes in half precision: strides are multiples of it where kernels load whole vectors
 MOST_HEAD_DIM = 128
@@ -27,7 +39,7 @@ _captured: list[Any] = []
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before Triton is imported)."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1, set before Triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -75,37 +87,34 @@ def readable(t: Tensor, name: str) -> Tensor:
         return t
     if name != "grad":  # autograd makes its own layouts; nobody can do anything about them
         warnings.warn(
-            f"nearfield's kernels cannot read {name} of strides {tuple(t.stride())} in place and copy it: give maps whose "
-            "rows follow each other and whose last axis is dense",
+            f"nearfield's kernels cannot read {name} of strides {tuple(t.stride())} in place and copy it: "
+            "give maps whose rows follow each other and whose last axis is dense",
             stacklevel=2,
         )
     return t.contiguous()
 
 
-def strides(t: Tensor) -> Strides:
-    """Strides of a tensor that is readable."""
-    found = _strides(t)
-    assert found is not None
-    return found
+def layout(**tensors: Tensor) -> tuple[tuple[str, Strides], ...]:
+    """Strides of tensors that are readable, by their name in the kernels."""
+    return tuple((name, _strides(t)) for name, t in tensors.items())  # type: ignore[misc]
 
 
-def units(*tensors: Tensor) -> int:
+def units(strides: dict[str, Strides]) -> int:
     """Largest power of two up to a vector that divides every image stride, which kernels take in such units."""
-    return gcd(VECTOR, *(strides(t).image for t in tensors))
+    return gcd(VECTOR, *(s.image for s in strides.values()))
 
 
-def constants(**tensors: Tensor) -> dict[str, int]:
-    """TOKEN and HEAD strides of each tensor, by its name in the kernel."""
+def constants(strides: dict[str, Strides]) -> dict[str, int]:
+    """TOKEN and HEAD strides of each tensor, as kernels name them."""
     made = {}
-    for name, t in tensors.items():
-        s = strides(t)
+    for name, s in strides.items():
         made |= {f"{name}_TOKEN": s.token, f"{name}_HEAD": s.head}
     return made
 
 
-def wide(*tensors: Tensor) -> bool:
+def wide(strides: dict[str, Strides], tokens: int) -> bool:
     """Whether offsets inside one image need 64 bits."""
-    return any(t.shape[1] * t.shape[2] * strides(t).token >= 1 << 31 for t in tensors)
+    return any(tokens * s.token >= 1 << 31 for s in strides.values())
 
 
 def power_of_two(n: int, least: int = 16) -> int:
@@ -120,14 +129,12 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def keep_for_graphs(device: torch.device, held: Any) -> None:
-    """Never free what a CUDA graph that is being captured reads: a replay would read freed memory."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(held)
+def cached(key: tuple[Any, ...], device: torch.device, build: Callable[[], Held]) -> Held:
+    """What `build` returns, from the schedule cache.
 
-
-def cached(key: tuple[Any, ...], device: torch.device, build: Any) -> Any:
-    """What `build` returns, from the schedule cache; kept for good while a CUDA graph is captured."""
+    What is used while a CUDA graph is captured is never freed: a replay would read freed memory.
+    """
     found = SCHEDULES.get(key, build)
-    keep_for_graphs(device, found)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
     return found

@@ -10,8 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, RESIDENT, STREAMED, add_terms, image_base, load_vectors, locate, product, store_vectors
-from .primitives import to_log2
+from .primitives import (
+    LOG2E,
+    RESIDENT,
+    STREAMED,
+    add_terms,
+    image_base,
+    load_vectors,
+    locate,
+    product,
+    store_vectors,
+    to_log2,
+)
 
 __all__ = ["bias_kernel", "forward_kernel", "key_kernel", "query_kernel"]
 
@@ -91,7 +101,8 @@ def query_kernel(
 ):  # fmt: skip
     """dQ of one tile of queries; for the other passes delta = sum(grad * out) and level, the log-sum-exp in base 2.
 
-    delta, level: (B, queries, HEADS) float32. With a decomposed bias also drel (B, queries, HEADS, REL_Y + REL_X), the gradient of q . rel, zero on entry.
+    delta, level: (B, queries, HEADS) float32. With a decomposed bias also drel (B, queries, HEADS, REL_Y + REL_X), the
+    gradient of q . rel, zero on entry.
     KEYS_Y, KEYS_X: a tile's streamed rows and columns, rounded up to a power of two.
     """
     program = tl.program_id(0)
@@ -216,8 +227,8 @@ def bias_kernel(
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
-    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
+    BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Score gradients of one block of a tile's slots, summed over a run of tiles and images.
 
@@ -247,7 +258,7 @@ def bias_kernel(
         score = product(query, tl.trans(key), PRECISION) * scale
         score = add_terms(
             score, resident, streamed, bias, codes, rel, head, kind, m, n, token_m, token_n,
-            HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, 0, 0, BIAS, False, CURVE,
+            HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, False, CURVE,
         )  # fmt: skip
         weight = tl.exp2(score - tl.load(level + sums_at)[:, None])
         g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)

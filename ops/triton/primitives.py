@@ -98,8 +98,8 @@ def add_terms(
 ):  # fmt: skip
     """Bias and mask of a tile's scores, by kind of bias.
 
-    "atlas": both are one table per kind of tile and head; "mask": the same without bias and heads. All others compare places with the intervals; "gather" takes
-    entries of a displacement table by the sum of two codes, "positions" by the difference of two tokens' codes,
+    "atlas": both are one table per kind of tile and head; "mask": the same without bias and heads. All others compare
+    places with the intervals; "gather" takes entries of a displacement table by the sum of two codes, "positions" by the difference of two tokens' codes,
     "decomposed" takes q . rel of the query's row of `rel`, one entry per axis. INVERSE: resident tokens are keys.
     """
     if BIAS == "atlas":

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..routing import Regions, inverse_lists
 from . import block_sparse
 from .configs import Config, architecture, choose, precision_name
-from .launch import constants, power_of_two, precision, readable, strides, units, wide
+from .launch import constants, layout, power_of_two, precision, readable, units, wide
 from .local import LOG2_E
 from .schedule import LOAD_SCORES
 
@@ -69,19 +69,21 @@ class _Call:
         """Programs of a launch."""
         return self.tiles(self.configs[op]) * self.heads * self.batch
 
-    def common(self, op: str, *outputs: Tensor, **named: Tensor) -> dict[str, Any]:
-        """Constants of a kernel; `named` tensors add their strides."""
+    def common(self, op: str, **named: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Image strides and constants of a kernel; `named` tensors come before q, k, v, or after them if gradients."""
         config, r = self.configs[op], self.regions
-        tensors = (self.q, self.k, self.v, *outputs)
-        return {
+        first = {name: t for name, t in named.items() if name == "G"}
+        last = {name: t for name, t in named.items() if name != "G"}
+        strides = dict(layout(**first, Q=self.q, K=self.k, V=self.v, **last))
+        unit = units(strides)
+        return tuple(s.image // unit for s in strides.values()), {
             "HEADS": self.heads, "D": self.d, "DV": self.dv,
             "BLOCK_D": power_of_two(self.d), "BLOCK_DV": power_of_two(self.dv),
-            "UNIT": units(*tensors), "WIDE": wide(*tensors), "PRECISION": precision(self.q.dtype),
+            "UNIT": unit, "WIDE": wide(strides, r.height * r.width), "PRECISION": precision(self.q.dtype),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": self.tiles(config),
             "REGIONS": r.count, "TOPK": self.topk, "HEIGHT": r.height, "WIDTH": r.width, "ACROSS": r.nx,
             "SIZE_Y": r.size_y, "SIZE_X": r.size_x, "DENSE": self.dense,
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
-            **constants(Q=self.q, K=self.k, V=self.v, **named),
+            "num_warps": config.num_warps, "num_stages": config.num_stages, **constants(strides),
         }  # fmt: skip
 
 
@@ -92,11 +94,10 @@ def forward(
     call = _Call(q, k, v, routes, regions, zero_pad, scale)
     out = q.new_empty(*q.shape[:4], call.dv)
     lse = torch.empty(call.batch, call.heads, regions.count, regions.tokens, dtype=torch.float32, device=q.device)
-    common = call.common("forward")
+    images, constant = call.common("forward")
     block_sparse.forward_kernel[call.programs("forward"),](
         call.q, call.k, call.v, out, lse, call.routes, call.chosen, scale * LOG2_E,
-        *(strides(t).image // common["UNIT"] for t in (call.q, call.k, call.v)),
-        ZERO_KEYS=call.zero_keys, **common,
+        *images, ZERO_KEYS=call.zero_keys, **constant,
     )  # fmt: skip
     return out, lse
 
@@ -108,16 +109,14 @@ def backward(
     """Fill dq, dk and dv (all entries are written)."""
     call = _Call(q, k, v, routes, regions, zero_pad, scale)
     grad, (delta, level) = readable(grad, "grad"), (torch.empty_like(lse), torch.empty_like(lse))
-    common = call.common("query", grad, dq, G=grad, DQ=dq)
+    images, constant = call.common("query", G=grad, DQ=dq)
     block_sparse.query_kernel[call.programs("query"),](
         grad, call.q, call.k, call.v, out, lse, dq, delta, level, call.routes, call.chosen, scale * LOG2_E, scale,
-        *(strides(t).image // common["UNIT"] for t in (grad, call.q, call.k, call.v, dq)),
-        ZERO_KEYS=call.zero_keys, **common,
+        *images, ZERO_KEYS=call.zero_keys, **constant,
     )  # fmt: skip
     chosen_by, bounds = (call.routes, call.routes) if call.dense else inverse_lists(call.routes, regions.count)
-    common = call.common("key", grad, dk, dv, G=grad, DK=dk, DV=dv)
+    images, constant = call.common("key", G=grad, DK=dk, DV=dv)
     block_sparse.key_kernel[call.programs("key"),](
         grad, call.q, call.k, call.v, delta, level, dk, dv, chosen_by, bounds, call.chosen, scale * LOG2_E, scale,
-        *(strides(t).image // common["UNIT"] for t in (grad, call.q, call.k, call.v, dk, dv)),
-        **common,
+        *images, **constant,
     )  # fmt: skip

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache import SCHEDULES
 from ..curves import curve_order
 from ..patterns import Axis, Pattern, Resolved, resolve
 from ..tiles import Band, TileShape, axis_bands, inverse_axis
@@ -27,6 +27,7 @@ __all__ = ["ABSENT", "Cells", "Runs", "Schedule", "cells", "in_cells", "runs", "
 
 ABSENT = -(1 << 30)  # offset of a slot without a token
 NOWHERE = 1 << 20  # coordinate of an empty streamed slot: beyond every interval
+SLOT_UNIT = 64  # streamed slots come in multiples of it, and blocks of streamed tokens divide it
 MOST_CELL = 64  # tokens of a cell that one program holds whole
 LOAD_SCORES = 12  # what streaming one token costs, in scores of one resident token
 
@@ -150,25 +151,15 @@ class Schedule:
 
 
 def schedule(
-    pattern: Pattern, height: int, width: int, block_m: int, block_n: int, device: torch.device, *, inverse: bool
+    pattern: Pattern, height: int, width: int, block_m: int, device: torch.device, *, inverse: bool
 ) -> Schedule:
-    """Schedule of `pattern` on a height x width key map, with tiles of at most block_m resident tokens; cached.
+    """Schedule of `pattern` on a height x width key map, with tiles of at most block_m resident tokens.
 
-    Args:
-        block_n: streamed slots come in multiples of it.
-        inverse: resident tokens are keys, streamed ones the queries that see them.
+    inverse: resident tokens are keys, streamed ones the queries that see them.
     """
-
-    def build() -> Schedule:
-        return _schedule(resolve(pattern, height, width), block_m, block_n, device, inverse)
-
-    key = ("schedule", pattern.spelling(), height, width, block_m, block_n, device, inverse)
-    return SCHEDULES.get(key, build)
-
-
-def _schedule(resolved: Resolved, block_m: int, block_n: int, device: torch.device, inverse: bool) -> Schedule:
+    resolved = resolve(pattern, height, width)
     y, x = resolved.y, resolved.x
-    shape = choose_tile(resolved, block_m, block_n, inverse)
+    shape = choose_tile(resolved, block_m, inverse)
     rows, columns = (axis_tiles(a, s, inverse=inverse) for a, s in zip((y, x), shape, strict=True))
     widths = (x.keys, x.queries) if inverse else (x.queries, x.keys)
     pitch = 2 * x.reach + 1
@@ -185,7 +176,7 @@ def _schedule(resolved: Resolved, block_m: int, block_n: int, device: torch.devi
             first = r.anchor * widths[1] + c.anchor
             tiles.append((place, first, kinds[key], len(r.streamed) * len(c.streamed)))
     slots = max(1, *(t[3] for t in tiles))
-    slots = -(-slots // block_n) * block_n
+    slots = -(-slots // SLOT_UNIT) * SLOT_UNIT
     resident = np.stack([_resident(r, c, block_m, widths[0], pitch) for r, c in made])
     streamed = np.stack([_streamed(r, c, slots, widths[1], pitch) for r, c in made])
     order = None
@@ -251,7 +242,7 @@ def _streamed(y: AxisTile, x: AxisTile, slots: int, width: int, pitch: int) -> n
     return _filled(fields, (0, NOWHERE, NOWHERE, 0, 0, 0), slots)
 
 
-def choose_tile(resolved: Resolved, block_m: int, block_n: int, inverse: bool) -> tuple[int, int]:
+def choose_tile(resolved: Resolved, block_m: int, inverse: bool) -> tuple[int, int]:
     """Resident tokens (y, x) of a tile, at most block_m in all: the fewest scores computed and tokens streamed."""
     y, x = (inverse_axis(a) if inverse else a for a in (resolved.y, resolved.x))
     sides = sorted({min(s, n) for n in (y.queries, x.queries) for s in (1, 2, 4, 7, 8, 14, 16, 32, 64, 128)})
@@ -263,7 +254,7 @@ def choose_tile(resolved: Resolved, block_m: int, block_n: int, inverse: bool) -
 
     def cost(tile: tuple[int, int]) -> tuple[int, int]:
         (ny, cy), (nx, cx) = rows[tile[0]], columns[tile[1]]
-        slots = -(-(ny[:, None] * nx) // block_n) * block_n
+        slots = -(-(ny[:, None] * nx) // SLOT_UNIT) * SLOT_UNIT
         return int((slots * cy[:, None] * cx).sum()) * (block_m + LOAD_SCORES), -tile[1]
 
     return min(sorted(candidates), key=cost)
@@ -324,46 +315,43 @@ def in_cells(pattern: Pattern, height: int, width: int) -> bool:
 
 
 def cells(pattern: Pattern, height: int, width: int, device: torch.device) -> Cells:
-    """The cells of a pattern that has them; cached."""
+    """The cells of a pattern that has them."""
     size = _cell_size(pattern, height, width)
     assert size is not None
 
-    def build() -> Cells:
-        slots = max(16, 1 << (size[0] * size[1] - 1).bit_length())
-        resolved = resolve(pattern, height, width)
-        rows, columns = (axis_tiles(a, s, inverse=False) for a, s in zip((resolved.y, resolved.x), size, strict=True))
-        pitch = 2 * resolved.x.reach + 1
-        alike: dict[tuple[bytes, bytes], list[tuple[AxisTile, AxisTile]]] = {}
-        for r in rows:
-            for c in columns:
-                alike.setdefault((r.alike, c.alike), []).append((r, c))
-        first, offset, entry, counts = [], [], [], []
-        for members in alike.values():
-            y, x = members[0]
-            first += [int(r.resident[0]) * resolved.x.keys + int(c.resident[0]) for r, c in members]
-            own, other = _resident(y, x, slots, resolved.x.keys, pitch), _streamed(y, x, slots, resolved.x.keys, pitch)
-            offset.append(own[0])
-            present = np.arange(slots) < len(y.resident) * len(x.resident)
-            pairs = present[:, None] & present[None, :]
-            entry.append(np.where(pairs, own[5][:, None] + other[3][None, :], -1))
-            counts.append(len(members))
-        order = None
-        if pattern.curve is not None:
-            order = _int32(curve_order(pattern.curve, height, width), device)
-        begins = tuple(np.cumsum([0, *counts[:-1]]).tolist())
-        return Cells(
-            _int32(np.array(first), device),
-            _int32(np.stack(offset), device),
-            _int32(np.stack(entry), device),
-            order,
-            begins,
-            tuple(counts),
-        )
-
-    return SCHEDULES.get(("cells", pattern.spelling(), height, width, device), build)
+    slots = max(16, 1 << (size[0] * size[1] - 1).bit_length())
+    resolved = resolve(pattern, height, width)
+    rows, columns = (axis_tiles(a, s, inverse=False) for a, s in zip((resolved.y, resolved.x), size, strict=True))
+    pitch = 2 * resolved.x.reach + 1
+    alike: dict[tuple[bytes, bytes], list[tuple[AxisTile, AxisTile]]] = {}
+    for r in rows:
+        for c in columns:
+            alike.setdefault((r.alike, c.alike), []).append((r, c))
+    first, offset, entry, counts = [], [], [], []
+    for members in alike.values():
+        y, x = members[0]
+        first += [int(r.resident[0]) * resolved.x.keys + int(c.resident[0]) for r, c in members]
+        own, other = _resident(y, x, slots, resolved.x.keys, pitch), _streamed(y, x, slots, resolved.x.keys, pitch)
+        offset.append(own[0])
+        present = np.arange(slots) < len(y.resident) * len(x.resident)
+        pairs = present[:, None] & present[None, :]
+        entry.append(np.where(pairs, own[5][:, None] + other[3][None, :], -1))
+        counts.append(len(members))
+    order = None
+    if pattern.curve is not None:
+        order = _int32(curve_order(pattern.curve, height, width), device)
+    begins = tuple(np.cumsum([0, *counts[:-1]]).tolist())
+    return Cells(
+        _int32(np.array(first), device),
+        _int32(np.stack(offset), device),
+        _int32(np.stack(entry), device),
+        order,
+        begins,
+        tuple(counts),
+    )
 
 
-# --- runs: how a pass that sums over many tiles is cut among programs --------------------------------------------------
+# --- runs: how a pass that sums over many tiles is cut among programs -------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,6 +379,6 @@ def runs(groups: Sequence[tuple[int, int, int]], batch: int, length: int, device
         items = count * batch
         pieces = -(-items // length)
         cuts = [items * p // pieces for p in range(pieces + 1)]
-        table += [(kind, begin, count, a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+        table += [(kind, begin, count, a, b - a) for a, b in pairwise(cuts)]
         bounds.append(len(table))
     return Runs(_int32(np.array(table), device), _int32(np.array(bounds), device))

@@ -1,0 +1,219 @@
+"""Where a call runs: everything its kernels are compiled for, and the schedule of each pass. Cached, batch left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..bias import BiasKind, bias_kind
+from ..patterns import Pattern, resolve
+from .configs import Config, architecture, choose, precision_name
+from .launch import Strides, cached, constants, power_of_two, precision, units, wide
+from .schedule import Cells, Schedule, cells, in_cells, schedule
+
+__all__ = ["CellPass", "Site", "TilePass", "cell_pass", "make_site", "tile_pass"]
+
+ATLAS_BYTES = 16 << 20  # larger tables of tiles are not made: entries are looked up in the kernel
+
+
+class Site(NamedTuple):
+    """A pattern on a map, the tensors' sizes and strides, the bias's kind. Hashable, cheap to make.
+
+    Attributes:
+        entries: of a bias table, per head. rel_rows: of the two tables of a decomposed bias.
+        layout: name in the kernels and strides of every tensor that is not made by the op itself.
+    """
+
+    pattern: Pattern
+    height: int
+    width: int
+    heads: int
+    d: int
+    dv: int
+    dtype: torch.dtype
+    device: torch.device
+    kind: BiasKind
+    entries: int
+    rel_rows: tuple[int, int]
+    layout: tuple[tuple[str, Strides], ...]
+    precision: str
+
+    def config(self, op: str, family: str) -> Config:
+        """Launch configuration of a kernel."""
+        block_d = power_of_two(max(self.d, self.dv))
+        return choose(op, architecture(self.device), precision_name(self.dtype), block_d, family)
+
+    @property
+    def family(self) -> str:
+        """Kind of tiles that configurations are kept for."""
+        return "plane" if self.pattern.curve is None else "curve"
+
+    @property
+    def centre(self) -> int:
+        """Entry of displacement 0 in a table of true positions."""
+        return (self.height - 1) * (2 * self.width - 1) + self.width - 1
+
+    def launch(self, names: tuple[str, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Constants that every kernel takes, and the image strides, in units, of the tensors that this one reads."""
+        layout = dict(self.layout)
+        unit = units(layout)
+        return {
+            "HEADS": self.heads, "D": self.d, "DV": self.dv,
+            "BLOCK_D": power_of_two(self.d), "BLOCK_DV": power_of_two(self.dv),
+            "UNIT": unit, "WIDE": wide(layout, self.height * self.width),
+            "ENTRIES": self.entries, "CENTRE": self.centre,
+            "CURVE": self.pattern.curve is not None, "PRECISION": self.precision,
+            **constants({name: layout[name] for name in names}),
+        }, tuple(layout[name].image // unit for name in names)  # fmt: skip
+
+    def codes(self, held: Tensor) -> Tensor:
+        """(H*W,) int32: a token's part in its entry of a table of true positions; any tensor for other kinds."""
+        if self.kind is not BiasKind.POSITIONS:
+            return held
+        token = np.arange(self.height * self.width)
+        code = token // self.width * (2 * self.width - 1) + token % self.width
+        return torch.from_numpy(code.astype(np.int32)).to(self.device)
+
+
+def make_site(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_x: Tensor | None, pattern: Pattern,
+    layout: tuple[tuple[str, Strides], ...],
+) -> Site:  # fmt: skip
+    """The site of a call whose tensors are readable."""
+    height, width, heads, d = k.shape[1], k.shape[2], q.shape[3], q.shape[4]
+    resolved = resolve(pattern, height, width)
+    kind = bias_kind(bias, rel_x, resolved, heads, d)
+    rows, entries = (0, 0), 0
+    if kind is BiasKind.DECOMPOSED:
+        rows = (2 * resolved.y.rel_reach + 1, 2 * resolved.x.rel_reach + 1)
+    elif bias is not None:
+        entries = bias.numel() // heads
+    return Site(
+        pattern, height, width, heads, d, v.shape[4], q.dtype, q.device, kind, entries, rows, layout, precision(q.dtype)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TilePass:
+    """One pass over tiles at one site: its schedule, how it gets its bias, and the constants of its kernel.
+
+    Attributes:
+        how: "atlas", "mask", "gather", "positions", "decomposed" or "none", as in `primitives.add_terms`.
+        entry: (K, M, N) flat table entries for "atlas", the mask itself for "mask", else None.
+        order, codes: tensors the kernel reads, or any tensor where it reads none.
+        images: image strides of the tensors the kernel reads, in units.
+    """
+
+    config: Config
+    plan: Schedule
+    how: str
+    entry: Tensor | None
+    order: Tensor
+    codes: Tensor
+    constants: dict[str, Any]
+    images: tuple[int, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = (*((self.entry,) if self.entry is not None else ()), self.order, self.codes)
+        return self.plan.nbytes + sum(t.nbytes for t in held if t is not self.plan.order and t is not self.plan.tiles)
+
+    def programs(self, heads: int, batch: int) -> tuple[int]:
+        """Grid of a launch in which a program takes config.run images."""
+        return (int(self.plan.tiles.shape[0]) * heads * -(-batch // self.config.run),)
+
+
+def tile_pass(
+    site: Site, op: str, names: tuple[str, ...], *, inverse: bool = False, like: TilePass | None = None
+) -> TilePass:
+    """The pass of kernel `op`, which reads and writes the tensors `names`, at a site; cached.
+
+    like: a pass whose tiles and bias this one shares.
+    """
+
+    def build() -> TilePass:
+        config = site.config(op, site.family)
+        if like is not None:
+            config = replace(config, block_m=like.config.block_m)
+            made, images = site.launch(names)
+            made |= _tile_constants(site, config, like.plan, like.how)
+            return replace(like, config=config, constants=made, images=images)
+        plan = schedule(site.pattern, site.height, site.width, config.block_m, site.device, inverse=inverse)
+        slots = plan.streamed.shape[2]
+        pairs = plan.kinds * config.block_m * slots * 4
+        how, entry = site.kind.value, None
+        if site.kind is BiasKind.TABLE:
+            how = "gather"
+            if pairs * site.heads <= ATLAS_BYTES:
+                how, entry = "atlas", torch.from_numpy(plan.entries()).to(site.device)
+        elif site.kind is BiasKind.NONE and pairs <= ATLAS_BYTES:
+            masked = torch.from_numpy(plan.entries()).to(site.device) < 0
+            how, entry = "mask", torch.zeros(masked.shape, device=site.device).masked_fill_(masked, -torch.inf)
+        made, images = site.launch(names)
+        made |= _tile_constants(site, config, plan, how)
+        order = plan.tiles if plan.order is None else plan.order
+        return TilePass(config, plan, how, entry, order, site.codes(plan.tiles), made, images)
+
+    return cached((site, op), site.device, build)
+
+
+def _tile_constants(site: Site, config: Config, plan: Schedule, how: str) -> dict[str, Any]:
+    return {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SLOTS": plan.streamed.shape[2], "BIAS": how,
+        "REL_Y": site.rel_rows[0], "REL_X": site.rel_rows[1],
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class CellPass:
+    """One pass over cells at one site; fields as in `TilePass`."""
+
+    config: Config
+    cells: Cells
+    how: str
+    order: Tensor
+    codes: Tensor
+    constants: dict[str, Any]
+    images: tuple[int, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.cells.nbytes + self.codes.nbytes
+
+    @property
+    def groups(self) -> list[tuple[int, int, int]]:
+        """(kind, where it begins, its cells) of cells that share a bias; with a bias by position each is alone."""
+        held = self.cells
+        groups = [(kind, *of) for kind, of in enumerate(zip(held.begins, held.counts, strict=True))]
+        if self.how == "positions":
+            return [(kind, begin + i, 1) for kind, begin, count in groups for i in range(count)]
+        return groups
+
+
+def cell_pass(site: Site, op: str, names: tuple[str, ...]) -> CellPass | None:
+    """The pass of kernel `op`, which reads and writes the tensors `names`, over the cells of a site; cached.
+
+    None where the pattern has no cells.
+    """
+    if site.kind is BiasKind.DECOMPOSED or not in_cells(site.pattern, site.height, site.width):
+        return None
+
+    def build() -> CellPass:
+        held = cells(site.pattern, site.height, site.width, site.device)
+        slots = held.offset.shape[1]
+        config = site.config(op, f"cell{slots}")
+        how = {BiasKind.TABLE: "atlas", BiasKind.POSITIONS: "positions"}.get(site.kind, "none")
+        made, images = site.launch(names)
+        made |= {"BLOCK_M": slots, "BIAS": how, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        order = held.first if held.order is None else held.order
+        return CellPass(config, held, how, order, site.codes(held.first), made, images)
+
+    return cached((site, op), site.device, build)
