@@ -5,6 +5,7 @@ VENV ?= .venv
 ARGS ?=
 
 BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -c tests/pytest.ini
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = pyproject.toml constraints.txt
 
@@ -12,7 +13,7 @@ SOURCES = pyproject.toml constraints.txt
 
 help:
 	@echo "make train      train a small NAT on handwritten digits (ARGS='model=swin_nano' to change things)"
-	@echo "make test       run every test;  make test-fast leaves out the slow ones"
+	@echo "make test       run every test;  make test-fast leaves out the slow ones (ARGS='-k window' selects)"
 	@echo "make lint       ruff and mypy;   make format rewrites files as ruff wants them"
 	@echo "make clean      remove $(VENV) and caches"
 
@@ -23,11 +24,33 @@ train: $(VENV)/.installed
 eval: $(VENV)/.installed
 	@$(BIN)/python eval.py $(ARGS)
 
+# Three processes: one that interprets kernels cannot compile them. $(1) narrows the marks. Nothing collected (code 5) is
+# a failure, but where ARGS selects tests and some of them are found in another phase.
+define run_tests
+	@result=0; found=no; \
+	phase() { \
+		printf '\n=== tests, phase %s\n' "$$1"; folder=$$2; shift 2; code=0; \
+		"$$@" $(ARGS) $(if $(filter tests tests/%,$(ARGS)),,$$folder) || code=$$?; \
+		case $$code in \
+			0) found=yes ;; \
+			2) exit 2 ;; \
+			5) $(if $(strip $(ARGS)),echo "ARGS selects no test of this phase",result=5) ;; \
+			*) found=yes; result=$$code ;; \
+		esac; \
+	}; \
+	phase "1 of 3: everything but kernels" tests \
+		env -u TRITON_INTERPRET $(PYTEST) -m "not interpreted and not aot and not gpu$(1)"; \
+	phase "2 of 3: kernels, interpreted" tests/kernels env TRITON_INTERPRET=1 $(PYTEST) -m "interpreted$(1)"; \
+	phase "3 of 3: kernels, compiled ahead of time" tests/kernels env -u TRITON_INTERPRET $(PYTEST) -m "aot$(1)"; \
+	if [ $$result = 0 ] && [ $$found = no ]; then echo "ARGS selects no test of any phase"; result=5; fi; \
+	exit $$result
+endef
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -c tests/pytest.ini tests $(ARGS)
+	$(call run_tests,)
 
 test-fast: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -c tests/pytest.ini tests -m "not slow" $(ARGS)
+	$(call run_tests, and not slow)
 
 # mypy needs the root under the package's name; the link gives it that without a copy.
 lint: $(VENV)/.installed-dev

@@ -165,7 +165,7 @@ class BlockMap:
         return self.query_blocks * self.key_blocks / self.visited
 
     def shares(self) -> np.ndarray:
-        """(query_blocks, widest) float32: the share of the scores of a visit that is asked for, 0 where there is none."""
+        """(query_blocks, widest) float32: the share of a visit's scores that is asked for, 0 where there is none."""
         width = int(self.key.max()) + 1 if self.key_ids is None else self.key_blocks
         shares = np.zeros((self.query_blocks, width), dtype=np.float32)
         shares[self.query, self.key] = self.pairs / (self.layout.rows * self.layout.columns)

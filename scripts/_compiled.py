@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,51 @@ from unittest import mock
 
 import torch
 import triton
+from _sass import MachineCode, disassembled
+from nearfield.ops.cache import SCHEDULES
+from nearfield.ops.triton import configs
+from nearfield.ops.triton.configs import Config
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-__all__ = ["Compiled", "Launch", "compile_launch", "recorded", "target"]
+__all__ = ["PROCESSORS", "Compiled", "Launch", "Processor", "compile_launch", "recorded", "target"]
 
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
+TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory, where it has one
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What a multiprocessor holds at once.
+
+    Attributes:
+        registers, threads, programs: at most.
+        shared: bytes of shared memory, of which every program also takes `RESERVED`.
+        program_shared: bytes that one program may take.
+    """
+
+    threads: int
+    programs: int
+    shared: int
+    program_shared: int
+    registers: int = 65536
+
+
+RESERVED = 1024
+# Technical specifications per compute capability, CUDA C++ programming guide; gfx942: CDNA 3 ISA, shared memory only.
+PROCESSORS = {
+    "sm_80": Processor(2048, 32, 164 << 10, 163 << 10),
+    "sm_86": Processor(1536, 16, 100 << 10, 99 << 10),
+    "sm_89": Processor(1536, 24, 100 << 10, 99 << 10),
+    "sm_90": Processor(2048, 32, 228 << 10, 227 << 10),
+    "sm_100": Processor(2048, 32, 228 << 10, 227 << 10),
+    "sm_120": Processor(1536, 24, 100 << 10, 99 << 10),
+    "gfx942": Processor(2048, 32, 64 << 10, 64 << 10),
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +83,11 @@ class Launch:
 
 
 @contextmanager
-def recorded(arch: str = "sm_90") -> Iterator[list[Launch]]:
-    """Inside the block kernels are not run; their launches are appended to the list. Results of calls are garbage."""
+def recorded(arch: str = "sm_90", rows: Mapping[str, Config] | None = None) -> Iterator[list[Launch]]:
+    """Inside the block kernels are not run; their launches are appended to the list. Results of calls are garbage.
+
+    rows: configurations by operation, instead of the shipped ones.
+    """
     launches: list[Launch] = []
 
     def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -56,13 +95,21 @@ def recorded(arch: str = "sm_90") -> Iterator[list[Launch]]:
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(self, arguments, options, tuple(grid)))
 
-    from nearfield.ops.triton import local, routed
+    def chosen(op: str, arch: str, precision: str, block_d: int, family: str) -> Config:
+        if rows is not None and op in rows:
+            return rows[op]
+        return configs.choose(op, arch, precision, block_d, family)
 
-    with (
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(local, "architecture", lambda device: arch),
-        mock.patch.object(routed, "architecture", lambda device: arch),
-    ):
+    instead = {"architecture": lambda device: arch, "choose": chosen}
+    users = [m for name, m in sys.modules.items() if name.startswith("nearfield.ops.triton.") and m is not configs]
+    SCHEDULES.clear()  # what a call is compiled for is kept there, and says nothing of the architecture
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", record))
+        for module in users:
+            for name, value in instead.items():
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
+        stack.callback(SCHEDULES.clear)
         yield launches
 
 
@@ -78,17 +125,21 @@ class Compiled:
     """What a compiled kernel is made of.
 
     Attributes:
+        arch: what it was compiled for.
         registers, spill_bytes: as ptxas reports them, per thread; None where the target has no ptxas.
-        shared_bytes: static and dynamic shared memory of a program.
-        assembly: PTX, or AMD assembly. sass: machine code, empty where it was not asked for.
+        shared_bytes: static and dynamic shared memory of a program. tensor_columns: of tensor memory.
+        assembly: PTX, or AMD assembly. code: machine code, None where it was not asked for.
+        warps: of 32 threads, 64 on AMD.
     """
 
+    arch: str
     registers: int | None
     spill_bytes: int | None
     shared_bytes: int
+    tensor_columns: int
     assembly: str
-    sass: str
-    threads: int
+    code: MachineCode | None
+    warps: int
 
     @property
     def matrix_instructions(self) -> int:
@@ -100,32 +151,27 @@ class Compiled:
         """Asynchronous copies into shared memory in the code."""
         return len(re.findall(r"cp\.async\.(?:cg|ca)|cp\.async\.bulk", self.assembly))
 
-    def programs_per_sm(self, registers: int = 65536, shared: int = 227 << 10, threads: int = 2048) -> int:
-        """Programs that fit one multiprocessor of an H100 or H200 at once."""
+    def programs(self, arch: str | None = None) -> int:
+        """Programs that a multiprocessor holds at once; of another architecture, as if its code took the same."""
         assert self.registers is not None
-        per_warp = -(-self.registers * 32 // 256) * 256
-        limits = [registers // (per_warp * self.threads // 32), threads // self.threads]
-        return min([*limits, shared // max(self.shared_bytes + 1024, 1)])
-
-    def loop(self) -> list[str]:
-        """Instructions of the innermost loop that holds matrix instructions, of all code where there is no such loop."""
-        code: list[str] = []
-        labels: dict[str, int] = {}
-        best: list[str] | None = None
-        for line in self.sass.splitlines():
-            if label := re.match(r"\s*(\.L_\w+):", line):
-                labels[label[1]] = len(code)
-            elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-                code.append(found[1].strip())
-                jump = re.search(r"BRA.*`\((\.L_\w+)\)", code[-1])
-                body = code[labels[jump[1]] :] if jump and jump[1] in labels else []
-                if any("MMA" in text for text in body) and (best is None or len(body) < len(best)):
-                    best = body
-        return best if best is not None else code
+        sm = PROCESSORS[arch or self.arch]
+        if self.shared_bytes > sm.program_shared:
+            return 0
+        # Registers are given to warps by 256, and each quarter of a multiprocessor has its own.
+        warps = sm.registers // 4 // (-(-self.registers * 32 // 256) * 256) * 4
+        limits = [warps // self.warps, sm.threads // (32 * self.warps), sm.programs]
+        limits.append(sm.shared // (-(-self.shared_bytes // 128) * 128 + RESERVED))
+        if self.tensor_columns:
+            limits.append(TENSOR_COLUMNS // self.tensor_columns)
+        return min(limits)
 
 
 def compile_launch(launch: Launch, arch: str, *, sass: bool = False) -> Compiled:
-    """Compile a recorded launch for an architecture."""
+    """Compile a recorded launch for an architecture.
+
+    Raises:
+        RuntimeError: ptxas refuses the code, as where it takes more shared memory than there is.
+    """
     signature, constants, aligned = {}, {}, {}
     for i, param in enumerate(launch.kernel.params):
         value = launch.arguments[param.name]
@@ -143,31 +189,31 @@ def compile_launch(launch: Launch, arch: str, *, sass: bool = False) -> Compiled
                 aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
     made = triton.compile(source, target=target(arch), options=dict(launch.options))
-    shared, threads = int(made.metadata.shared), int(made.metadata.num_warps) * target(arch).warp_size
+    shared, warps = int(made.metadata.shared), int(made.metadata.num_warps)
     if not arch.startswith("sm_"):
-        return Compiled(None, None, shared, made.asm["amdgcn"], "", threads)
-    registers, spills = _ptxas(made.asm["ptx"], arch)
-    return Compiled(registers, spills, shared, made.asm["ptx"], _sass(made.asm["cubin"]) if sass else "", threads)
+        return Compiled(arch, None, None, shared, 0, made.asm["amdgcn"], None, warps)
+    registers, spills = _resources(made.asm, arch)
+    columns = int(getattr(made.metadata, "tmem_size", 0) or 0)
+    code = disassembled(made.asm["cubin"]) if sass else None
+    return Compiled(arch, registers, spills, shared, columns, made.asm["ptx"], code, warps)
 
 
-def _ptxas(ptx: str, arch: str) -> tuple[int, int]:
-    name = re.search(r"\.target\s+(sm_\w+)", ptx)
+def _resources(asm: Mapping[str, Any], arch: str) -> tuple[int, int]:
+    """Registers and spilled bytes of a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", said)
+    if all(int(stack) == 0 for _, stack in found):  # spilled registers would lie there
+        return max(int(n) for n, _ in found), 0
+    name = re.search(r"\.target\s+(sm_\w+)", asm["ptx"])
     assert name is not None
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+        file.write(asm["ptx"])
         file.flush()
         command = [get_ptxas(int(arch[3:])).path, "-v", f"--gpu-name={name[1]}", file.name, "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-
-
-def _sass(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, "-c", "-hex", file.name], capture_output=True, text=True, check=True).stdout
-
-
-Call = Callable[[], object]

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_measuring import LEAST_S, ROOT, SCRIPTS, Section, end, last_line
+from _gpu_machine import ROOT
+from _gpu_measuring import LEAST_S, SCRIPTS, Section, end, last_line
 from _gpu_rows import OUT_OF_TIME, Row, make_row
 
 PYTEST = [

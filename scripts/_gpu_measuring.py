@@ -16,13 +16,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from _gpu_machine import ROOT
 from _gpu_rows import OUT_OF_TIME, Row, make_row
 from _gpu_tasks import Task
 from _gpu_timing import one_line
 from _gpu_worker import section_tasks
 
-SCRIPTS = Path(__file__).resolve().parent
-ROOT = SCRIPTS.parent
+SCRIPTS = ROOT / "scripts"
 POLL_S = 0.1
 LEAST_S = 3.0  # a process is not started for less
 

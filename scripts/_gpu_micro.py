@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _gpu_floors import FORWARD, floor_us, known_device
+from _gpu_machine import driver
 from _gpu_problems import Attention, Inputs, Runner, Shape, distinct_results, ours
 from _gpu_rows import Row, add_target, make_peer, make_row
 from _gpu_tasks import Context, Task
@@ -64,6 +65,8 @@ def _ceilings(plan: list[Row], context: Context) -> list[Row]:
             row["note"] = time_us
         else:
             row["ours"] = time_us if amount is None else amount / time_us / 1e6
+            clocks = None if dry else driver()
+            row["note"] = f"SM clock just after: {clocks['clocks.sm']} MHz" if clocks else ""
         made.append(row)
     device = known_device(context.device.name)
     if device is not None:

@@ -197,9 +197,10 @@ class Cuda:
 
 
 def one_line(error: BaseException, most: int = 240) -> str:
-    """Type and first line of what an error says."""
+    """Type and first line of what an error says, and the second where the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

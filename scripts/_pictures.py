@@ -25,6 +25,7 @@ SEEN, SHARED, WASTED, UNREAD = "#1b5e9e", "#a9cdea", "#f6b26b", "#f4f4f2"
 FULL, LEAST, MOST, EMPTY = "#1b5e9e", "#fbe2c2", "#d8731a", "#f4f4f2"  # a partial block is between least and most
 INK, FAINT = "#222222", "#c9c9c4"
 MARK: dict[str, Any] = {"color": "#ffd21f", "markeredgecolor": INK}
+MARGINS = {"left": 0.05, "right": 0.985, "top": 0.86, "bottom": 0.205, "wspace": 0.12}
 WIDEST = 440  # blocks along a side of the block map; more are drawn in groups
 FOCUS_ABOVE, FOCUS_LEAST = 64, 40  # tokens: larger maps are cut to what is read, at least so much of them
 
@@ -38,11 +39,11 @@ def draw(path: Path, pattern: Pattern, height: int, width: int, blocks: BlockMap
         blocks: the block map of them.
         query: (y, x) on the map of queries.
     """
-    figure = Figure(figsize=(12, 6.7), dpi=100, layout="constrained")
+    figure = Figure(figsize=(12, 6.9), dpi=100)
     FigureCanvasAgg(figure)
     cut = blocks.layout.describe()
     figure.suptitle(f"{pattern.spelling()} on {height}x{width}\n{cut}", fontsize=12.5, color=INK)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, gridspec_kw=MARGINS)
     _draw_keys(left, pattern, height, width, blocks, query)
     _draw_blocks(right, blocks, query)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
@@ -58,7 +59,8 @@ def _draw_keys(axes: Axes, pattern: Pattern, height: int, width: int, blocks: Bl
     seen, (top, left) = seen_keys(pattern, height, width, alone)
     shared, _ = seen_keys(pattern, height, width, members)
     visited = blocks.key[blocks.query == number]
-    kind = np.zeros(seen.shape, dtype=np.uint8)
+    rows, columns = seen.shape
+    kind = np.zeros((rows, columns), dtype=np.uint8)
     if blocks.key_ids is not None:
         kind[np.isin(blocks.key_ids, visited)] = 1
     kind[shared > 0] = 2
@@ -66,13 +68,13 @@ def _draw_keys(axes: Axes, pattern: Pattern, height: int, width: int, blocks: Bl
     none, wasted, others, own = np.bincount(kind.ravel(), minlength=4).tolist()
     padding = len(visited) * blocks.layout.columns - wasted - others - own
 
-    box = (left - 0.5, left + kind.shape[1] - 0.5, top + kind.shape[0] - 0.5, top - 0.5)
+    box = (left - 0.5, left + columns - 0.5, top + rows - 0.5, top - 0.5)
     colors = ListedColormap((UNREAD, WASTED, SHARED, SEEN))
     axes.imshow(kind, cmap=colors, vmin=0, vmax=3, extent=box, interpolation="nearest")
     borders = _edges(blocks.query_ids, 0, 0) if blocks.key_ids is None else _edges(blocks.key_ids, top, left)
     if len(borders) < kind.size and pattern.query_stride() == (1, 1):  # scattered tokens would be all borders
         axes.add_collection(LineCollection(list(borders), colors=FAINT, linewidths=0.5))
-    if kind.shape != (height, width):
+    if (rows, columns) != (height, width):
         axes.add_patch(Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor=INK, linestyle=":", linewidth=1.2))
     stride = pattern.query_stride()
     outline = _edges(np.pad(members, 1), -1, -1)
@@ -124,14 +126,14 @@ def _focus(axes: Axes, read: np.ndarray, top: int, left: int) -> str:
 def _draw_blocks(axes: Axes, blocks: BlockMap, query: tuple[int, int]) -> None:
     shares = blocks.shares()
     rows, columns = shares.shape
-    group = -(-max(shares.shape) // WIDEST)
-    shares = np.pad(shares, ((0, -rows % group), (0, -columns % group)))
-    shares = shares.reshape(len(shares) // group, group, -1, group).max((1, 3))
+    high, wide = -(-rows // WIDEST), -(-columns // WIDEST)
+    shares = np.pad(shares, ((0, -rows % high), (0, -columns % wide)))
+    shares = shares.reshape(len(shares) // high, high, -1, wide).max((1, 3))
     least, most, full, empty = (np.array(to_rgb(color)) for color in (LEAST, MOST, FULL, EMPTY))
     image = least + shares[:, :, None] * (most - least)
     image[shares == 0] = empty
     image[shares == 1] = full
-    box = (-0.5, image.shape[1] * group - 0.5, image.shape[0] * group - 0.5, -0.5)
+    box = (-0.5, image.shape[1] * wide - 0.5, image.shape[0] * high - 0.5, -0.5)
     axes.imshow(image, extent=box, interpolation="nearest", aspect="auto")
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)
@@ -141,9 +143,9 @@ def _draw_blocks(axes: Axes, blocks: BlockMap, query: tuple[int, int]) -> None:
     axes.plot(-0.016, number, marker=">", markersize=9, linestyle="", clip_on=False, transform=beside, **MARK)
 
     own = blocks.key_ids is None
-    what = "chunks of each block" if own else "block map"
-    grouped = f" ({group}x{group} to a dot)" if group > 1 else ""
-    axes.set_title(f"{what}{grouped}: {blocks.empty:.1%} empty, {blocks.waste:.1%} waste", fontsize=11.5, color=INK)
+    grouped = f" ({high}x{wide} to a dot)" if high * wide > 1 else ""
+    head = f"chunks of each block{grouped}" if own else f"block map{grouped}: {blocks.empty:.1%} empty"
+    axes.set_title(f"{head}, {blocks.waste:.1%} waste", fontsize=11.5, color=INK)
     axes.set_xlabel("chunk of the block's own keys" if own else "block of keys")
     axes.set_ylabel("block of queries")
     axes.tick_params(axis="y", pad=9)
@@ -171,4 +173,4 @@ def _finish(axes: Axes, names: Sequence[tuple[Any, str]], marks: Sequence[Line2D
         spine.set_color(FAINT)
     patches = [Patch(facecolor=color, edgecolor=FAINT, label=label) for color, label in names]
     handles: list[Artist] = [*patches, *marks]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False, fontsize=9.5)
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=9.5)

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from _bench_timing import grid
-from _gpu_machine import KIND
+from _gpu_machine import KIND, ROOT
 from _gpu_rows import counted, figure, markdown_table
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "results"
 

@@ -42,7 +42,7 @@ def table_kernel(
 ):
     """gradient (HEADS, ENTRIES): each entry is the sum of summed[kind, head, pair] over its sources.
 
-    sources[bounds[e]:bounds[e + 1]] (int64) are those of entry e, as kind * pairs + pair. One program per entry and head.
+    sources[bounds[e]:bounds[e + 1]] (int64) are those of entry e, as kind * pairs + pair. One program per entry.
     """
     entry, head = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(bounds + entry), tl.load(bounds + entry + 1)

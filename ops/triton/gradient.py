@@ -17,7 +17,7 @@ from .launch import cached
 from .schedule import ABSENT, Runs, runs
 from .site import CellPass, Site, TilePass, tile_pass
 
-__all__ = ["atlas", "cell_bias_gradient", "cell_runs", "tile_bias_gradient"]
+__all__ = ["atlas", "cell_bias_gradient", "cell_runs", "displacement_gradient", "tile_bias_gradient"]
 
 PARTIAL_BYTES = 64 << 20  # score gradients held at a time on their way to a table
 BLOCK = 1024  # pairs that one program of the bias kernels takes
@@ -100,6 +100,12 @@ def _cell_entries(site: Site, cells: CellPass) -> Tensor:
     present = offset > ABSENT
     place = held.first[list(begins), None] + offset.where(present, 0)
     return _positions(site, place, place, present[:, :, None] & present[:, None, :])
+
+
+def displacement_gradient(bias: Tensor, partial: Tensor) -> Tensor:
+    """Gradient of a bias table from the sums (programs, rows, columns) of a dQ pass, of which heads alternate."""
+    heads, rows, columns = bias.shape
+    return partial.unflatten(0, (-1, heads)).sum(0)[:, :rows, :columns].to(bias.dtype).contiguous()
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ _captured: list[Any] = []
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1, set before Triton is imported."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1, set before its import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

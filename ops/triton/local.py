@@ -9,7 +9,7 @@ from ..bias import BiasKind
 from ..patterns import Pattern
 from ..tile_math import own_precision
 from . import neighborhood, window
-from .gradient import atlas, cell_bias_gradient, cell_runs, tile_bias_gradient
+from .gradient import atlas, cell_bias_gradient, cell_runs, displacement_gradient, tile_bias_gradient
 from .launch import layout, power_of_two, readable
 from .site import CellPass, Site, TilePass, cell_pass, make_site, tile_pass
 
@@ -92,12 +92,17 @@ def backward(
         return _backward_cells(site, cells, grad, q, k, v, bias, dq, dk, dv, scale, bias_needs_grad), None
     rel = _Decomposed(site, q, bias, rel_x)
     delta, level = torch.empty_like(lse), torch.empty_like(lse)
-    made, terms = _backward_queries(site, grad, q, k, v, bias, rel, out, lse, dq, delta, level, scale)
+    wanted = bias_needs_grad and bias is not None and site.kind is not BiasKind.DECOMPOSED
+    made = tile_pass(site, "neighborhood.query", ("G", "Q", "K", "V", "DQ"), table=wanted)
+    terms = _tile_terms(site, made, bias, q)
+    partial = _backward_queries(site, made, terms, grad, q, k, v, rel, out, lse, dq, delta, level, scale, wanted)
     _backward_keys(site, grad, q, k, v, bias, rel, dk, dv, delta, level, scale)
     if site.kind is BiasKind.DECOMPOSED:
         return rel.send_back(dq, bias_needs_grad)
-    if bias is None or not bias_needs_grad:
+    if bias is None or not wanted:
         return None, None
+    if made.plan.grid is not None:
+        return displacement_gradient(bias, partial), None
     return tile_bias_gradient(site, made, terms, grad, q, k, v, bias, delta, level, scale * LOG2_E), None
 
 
@@ -119,19 +124,24 @@ def _backward_cells(
 
 
 def _backward_queries(
-    site: Site, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel: _Decomposed, out: Tensor,
-    lse: Tensor, dq: Tensor, delta: Tensor, level: Tensor, scale: float,
-) -> tuple[TilePass, Tensor]:  # fmt: skip
-    made = tile_pass(site, "neighborhood.query", ("G", "Q", "K", "V", "DQ"))
-    terms = _tile_terms(site, made, bias, q)
-    plan = made.plan
-    neighborhood.query_kernel[made.programs(site.heads, q.shape[0])](
-        grad, q, k, v, out, lse, dq, delta, level, rel.gradient, plan.tiles, plan.resident, plan.streamed, made.order,
-        terms, made.codes, rel.terms, q.shape[0], plan.tiles.shape[0], q.shape[1] * q.shape[2], scale * LOG2_E, scale,
-        *made.images, KEYS_Y=power_of_two(plan.sides[0]), KEYS_X=power_of_two(plan.sides[1]),
+    site: Site, made: TilePass, terms: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel: _Decomposed,
+    out: Tensor, lse: Tensor, dq: Tensor, delta: Tensor, level: Tensor, scale: float, bias_needs_grad: bool,
+) -> Tensor:  # fmt: skip
+    """Fill dq, delta and level; return the table gradient of every program, empty where none is taken along."""
+    plan, grid, table = made.plan, (0, 0, 0), (0, 0)
+    if plan.grid is not None and bias_needs_grad:
+        rows = plan.pitch, site.entries // plan.pitch
+        grid, table = plan.grid, (power_of_two(rows[1]), power_of_two(rows[0]))
+    programs = made.programs(site.heads, q.shape[0])
+    partial = torch.empty(programs[0] if table[0] else 0, *table, dtype=torch.float32, device=q.device)
+    neighborhood.query_kernel[programs](
+        grad, q, k, v, out, lse, dq, delta, level, rel.gradient, partial, plan.tiles, plan.resident, plan.streamed,
+        made.order, terms, made.codes, rel.terms, q.shape[0], plan.tiles.shape[0], q.shape[1] * q.shape[2],
+        scale * LOG2_E, scale, *made.images, KEYS_Y=power_of_two(plan.sides[0]), KEYS_X=power_of_two(plan.sides[1]),
+        GRID_Y=grid[0], GRID_X=grid[1], GRID_K=grid[2], TABLE_Y=table[0], TABLE_X=table[1],
         IMAGES=made.config.run, ZERO_KEYS=plan.zero_keys, **made.constants,
     )  # fmt: skip
-    return made, terms
+    return partial
 
 
 def _backward_keys(

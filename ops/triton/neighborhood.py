@@ -1,8 +1,9 @@
 """Tiles with a halo: neighborhoods, dilated and strided ones, slides, halo blocks, curve bands, large windows.
 
 A program holds one tile of resident tokens and streams those they have to do with through it. Forward and dQ hold
-queries and stream keys; dK/dV holds keys and streams the queries that see them, which are intervals again; the bias
-gradient holds one block of (query, key) slots in registers and runs over all tiles of its kind. No atomics anywhere.
+queries and stream keys; dK/dV holds keys and streams the queries that see them, which are intervals again. The bias
+gradient is taken along with dQ where the tiles are rectangles; elsewhere a pass of its own holds one block of (query,
+key) slots in registers and runs over all tiles of a kind. No atomics anywhere.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def forward_kernel(
     Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr, K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr,
     V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, IMAGES: tl.constexpr,
-    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, PITCH: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
     BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr, NEED_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of queries and one head, for IMAGES images after each other.
@@ -66,7 +67,7 @@ def forward_kernel(
             score = product(query, tl.trans(key), PRECISION) * scale
             score = add_terms(
                 score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
-                HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, False, CURVE,
+                HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, PITCH, REL_Y, REL_X, BIAS, False, CURVE,
             )  # fmt: skip
             higher = tl.maximum(peak, tl.max(score, 1))
             # A row that has met no key yet is at -inf: subtract 0 there, its weights are 0 then.
@@ -88,15 +89,16 @@ def forward_kernel(
 
 @triton.jit
 def query_kernel(
-    grad, q, k, v, out, lse, dq, delta, level, drel, tiles, resident, streamed, order, bias, codes, rel,
+    grad, q, k, v, out, lse, dq, delta, level, drel, partial, tiles, resident, streamed, order, bias, codes, rel,
     batch, tile_count, queries, scale, softmax_scale, g_image, q_image, k_image, v_image, dq_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
     DQ_TOKEN: tl.constexpr, DQ_HEAD: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, IMAGES: tl.constexpr,
-    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr, KEYS_Y: tl.constexpr,
-    KEYS_X: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, PITCH: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
+    KEYS_Y: tl.constexpr, KEYS_X: tl.constexpr,
+    GRID_Y: tl.constexpr, GRID_X: tl.constexpr, GRID_K: tl.constexpr, TABLE_Y: tl.constexpr, TABLE_X: tl.constexpr,
     BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries; for the other passes delta = sum(grad * out) and level, the log-sum-exp in base 2.
@@ -104,6 +106,9 @@ def query_kernel(
     delta, level: (B, queries, HEADS) float32. With a decomposed bias also drel (B, queries, HEADS, REL_Y + REL_X), the
     gradient of q . rel, zero on entry.
     KEYS_Y, KEYS_X: a tile's streamed rows and columns, rounded up to a power of two.
+
+    Where TABLE_Y is not 0, also partial (programs, TABLE_Y, TABLE_X) float32: the gradient of the bias table, summed
+    over the program's scores. Slots then lie on a grid (see `Schedule.grid`).
     """
     program = tl.program_id(0)
     head = program % HEADS
@@ -113,6 +118,8 @@ def query_kernel(
     kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
     m = tl.arange(0, BLOCK_M)
     token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True)
+    if TABLE_Y > 0:
+        table = tl.zeros([TABLE_Y, TABLE_X], tl.float32)
     for image in range(first, min(first + IMAGES, batch)):
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
@@ -140,27 +147,59 @@ def query_kernel(
             score = product(query, tl.trans(key), PRECISION) * scale
             score = add_terms(
                 score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
-                HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, False, CURVE,
+                HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, PITCH, REL_Y, REL_X, BIAS, False, CURVE,
             )  # fmt: skip
             values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
             ds = tl.exp2(score - height[:, None]) * (product(g, tl.trans(values), PRECISION) - shift[:, None])
             gradient += product(ds.to(key.dtype), key, PRECISION)
+            if TABLE_Y > 0:
+                table += _by_displacement(
+                    ds.to(key.dtype), resident + kind * RESIDENT * BLOCK_M, streamed + kind * STREAMED * SLOTS, start,
+                    BLOCK_M, BLOCK_N, SLOTS, GRID_Y, GRID_X, GRID_K, TABLE_Y, TABLE_X, PRECISION,
+                )  # fmt: skip
             if BIAS == "decomposed":
                 at = streamed + kind * STREAMED * SLOTS + n
                 in_row = tl.load(at + SLOTS)[:, None] == tl.arange(0, KEYS_Y)[None, :]
                 in_column = tl.load(at + 2 * SLOTS)[:, None] == tl.arange(0, KEYS_X)[None, :]
-                rel_y += product(ds.to(key.dtype), in_row.to(key.dtype), PRECISION)
-                rel_x += product(ds.to(key.dtype), in_column.to(key.dtype), PRECISION)
+                rel_y += product(ds.to(key.dtype), in_row.to(tl.float32).to(key.dtype), PRECISION)
+                rel_x += product(ds.to(key.dtype), in_column.to(tl.float32).to(key.dtype), PRECISION)
         dq_at = image_base(dq, image, dq_image, UNIT) + head * DQ_HEAD
         store_vectors(dq_at, token_m, present_m, gradient * softmax_scale, DQ_TOKEN, D, BLOCK_D, WIDE)
         if BIAS == "decomposed":
             own = resident + kind * RESIDENT * BLOCK_M + m
             row = drel + image * queries * HEADS * (REL_Y + REL_X)
             row = row + ((token_m * HEADS + head) * (REL_Y + REL_X))[:, None]
-            at_y = tl.load(own + 6 * BLOCK_M)[:, None] + tl.arange(0, KEYS_Y)[None, :]
-            at_x = tl.load(own + 7 * BLOCK_M)[:, None] + tl.arange(0, KEYS_X)[None, :]
+            at_y = tl.load(own + 7 * BLOCK_M)[:, None] + tl.arange(0, KEYS_Y)[None, :]
+            at_x = tl.load(own + 8 * BLOCK_M)[:, None] + tl.arange(0, KEYS_X)[None, :]
             tl.store(row + at_y, rel_y, mask=present_m[:, None] & (at_y >= 0) & (at_y < REL_Y))
             tl.store(row + REL_Y + at_x, rel_x, mask=present_m[:, None] & (at_x >= 0) & (at_x < REL_X))
+    if TABLE_Y > 0:
+        at = tl.arange(0, TABLE_Y)[:, None] * TABLE_X + tl.arange(0, TABLE_X)[None, :]
+        tl.store(partial + program.to(tl.int64) * (TABLE_Y * TABLE_X) + at, table)
+
+
+@triton.jit
+def _by_displacement(
+    ds, resident, streamed, start,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, GRID_Y: tl.constexpr, GRID_X: tl.constexpr,
+    GRID_K: tl.constexpr, TABLE_Y: tl.constexpr, TABLE_X: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(TABLE_Y, TABLE_X): score gradients summed by displacement, as two products with constant one-hot matrices.
+
+    Rows and columns of a tile are regrouped, (yq, xq) x (yk, xk) to (yq, yk) x (xq, xk): a row of the table is then a
+    sum over the second pair, and a column one over the first.
+    """
+    rows: tl.constexpr = BLOCK_N // GRID_K
+    apart = tl.permute(tl.reshape(ds, [GRID_Y, GRID_X, rows, GRID_K]), [0, 2, 1, 3])
+    apart = tl.reshape(apart, [GRID_Y * rows, GRID_X * GRID_K])
+    pair = tl.arange(0, GRID_X * GRID_K)
+    column = tl.load(resident + 6 * BLOCK_M + pair // GRID_K) + tl.load(streamed + 4 * SLOTS + pair % GRID_K)
+    one_hot = (column[:, None] == tl.arange(0, TABLE_X)[None, :]).to(tl.float32)
+    by_column = product(apart, one_hot.to(ds.dtype), PRECISION)
+    pair = tl.arange(0, GRID_Y * rows)
+    row = tl.load(resident + 5 * BLOCK_M + pair // rows * GRID_X)
+    row += tl.load(streamed + 3 * SLOTS + start + pair % rows * GRID_K)
+    return product((tl.arange(0, TABLE_Y)[:, None] == row[None, :]).to(tl.float32), by_column, PRECISION)
 
 
 @triton.jit
@@ -173,7 +212,7 @@ def key_kernel(
     DK_TOKEN: tl.constexpr, DK_HEAD: tl.constexpr, DV_TOKEN: tl.constexpr, DV_HEAD: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, IMAGES: tl.constexpr,
-    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, PITCH: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
     BIAS: tl.constexpr, CURVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, from the queries that see them. Scores are held keys by queries."""
@@ -204,7 +243,7 @@ def key_kernel(
             score = product(key, tl.trans(query), PRECISION) * scale
             score = add_terms(
                 score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
-                HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, True, CURVE,
+                HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, PITCH, REL_Y, REL_X, BIAS, True, CURVE,
             )  # fmt: skip
             weight = tl.exp2(score - tl.load(level + sums_at + token_n * HEADS)[None, :])
             g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False, WIDE)
@@ -227,7 +266,7 @@ def bias_kernel(
     K_TOKEN: tl.constexpr, K_HEAD: tl.constexpr, V_TOKEN: tl.constexpr, V_HEAD: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr,
-    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
+    ENTRIES: tl.constexpr, CENTRE: tl.constexpr, PITCH: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
     BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Score gradients of one block of a tile's slots, summed over a run of tiles and images.
@@ -258,7 +297,7 @@ def bias_kernel(
         score = product(query, tl.trans(key), PRECISION) * scale
         score = add_terms(
             score, resident, streamed, bias, codes, rel, head, kind, m, n, token_m, token_n,
-            HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, REL_Y, REL_X, BIAS, False, CURVE,
+            HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, PITCH, REL_Y, REL_X, BIAS, False, CURVE,
         )  # fmt: skip
         weight = tl.exp2(score - tl.load(level + sums_at)[:, None])
         g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)

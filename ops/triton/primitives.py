@@ -94,13 +94,15 @@ def to_log2(natural):
 def add_terms(
     score, resident, streamed, bias, codes, rel, head, kind, m, n, token_m, token_n,
     HEADS: tl.constexpr, BLOCK_M: tl.constexpr, SLOTS: tl.constexpr, ENTRIES: tl.constexpr, CENTRE: tl.constexpr,
-    REL_Y: tl.constexpr, REL_X: tl.constexpr, BIAS: tl.constexpr, INVERSE: tl.constexpr, ONE_AXIS: tl.constexpr,
+    PITCH: tl.constexpr, REL_Y: tl.constexpr, REL_X: tl.constexpr,
+    BIAS: tl.constexpr, INVERSE: tl.constexpr, ONE_AXIS: tl.constexpr,
 ):  # fmt: skip
     """Bias and mask of a tile's scores, by kind of bias.
 
-    "atlas": both are one table per kind of tile and head; "mask": the same without bias and heads. All others compare
-    places with the intervals; "gather" takes entries of a displacement table by the sum of two codes, "positions" by the difference of two tokens' codes,
-    "decomposed" takes q . rel of the query's row of `rel`, one entry per axis. INVERSE: resident tokens are keys.
+    "atlas": both are one table per kind of tile and head. "mask": the same without bias and heads. All others compare
+    places with the intervals; "gather" takes entries of a displacement table by the sums of two codes, "positions" by
+    the difference of two tokens' codes, "decomposed" takes q . rel of the query's row of `rel`, one entry per axis.
+    INVERSE: resident tokens are keys.
     """
     if BIAS == "atlas":
         row = (kind * HEADS + head) * BLOCK_M + m
@@ -115,7 +117,8 @@ def add_terms(
         x = tl.load(other + 2 * SLOTS)[None, :]
         allowed = allowed & (x >= tl.load(own + 3 * BLOCK_M)[:, None]) & (x < tl.load(own + 4 * BLOCK_M)[:, None])
     if BIAS == "gather":
-        entry = tl.load(own + 5 * BLOCK_M)[:, None] + tl.load(other + 3 * SLOTS)[None, :]
+        row = tl.load(own + 5 * BLOCK_M)[:, None] + tl.load(other + 3 * SLOTS)[None, :]
+        entry = row * PITCH + tl.load(own + 6 * BLOCK_M)[:, None] + tl.load(other + 4 * SLOTS)[None, :]
         term = tl.load(bias + head * ENTRIES + entry, mask=allowed, other=0.0)
         score += term.to(tl.float32) * LOG2E
     elif BIAS == "positions":
@@ -129,8 +132,8 @@ def add_terms(
             row = ((token_n * HEADS + head) * (REL_Y + REL_X))[None, :]
         else:
             row = ((token_m * HEADS + head) * (REL_Y + REL_X))[:, None]
-        at_y = tl.load(own + 6 * BLOCK_M)[:, None] + tl.load(other + 4 * SLOTS)[None, :]
-        at_x = tl.load(own + 7 * BLOCK_M)[:, None] + tl.load(other + 5 * SLOTS)[None, :]
+        at_y = tl.load(own + 7 * BLOCK_M)[:, None] + tl.load(other + 5 * SLOTS)[None, :]
+        at_x = tl.load(own + 8 * BLOCK_M)[:, None] + tl.load(other + 6 * SLOTS)[None, :]
         term_y = tl.load(rel + row + at_y, mask=allowed, other=0.0).to(tl.float32)
         term_x = tl.load(rel + row + REL_Y + at_x, mask=allowed, other=0.0).to(tl.float32)
         score += (term_y + term_x) * LOG2E

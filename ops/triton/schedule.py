@@ -31,8 +31,8 @@ SLOT_UNIT = 64  # streamed slots come in multiples of it, and blocks of streamed
 MOST_CELL = 64  # tokens of a cell that one program holds whole
 LOAD_SCORES = 12  # what streaming one token costs, in scores of one resident token
 
-RESIDENT_FIELDS = ("offset", "low_y", "high_y", "low_x", "high_x", "code", "rel_y", "rel_x")
-STREAMED_FIELDS = ("offset", "y", "x", "code", "rel_y", "rel_x")
+RESIDENT_FIELDS = ("offset", "low_y", "high_y", "low_x", "high_x", "code_y", "code_x", "rel_y", "rel_x")
+STREAMED_FIELDS = ("offset", "y", "x", "code_y", "code_x", "rel_y", "rel_x")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +112,13 @@ class Schedule:
 
     Attributes:
         tiles: (T, 4) int32: place of the first resident token, place of the first streamed one, kind, streamed slots.
-        resident: (K, 8, M) int32 and streamed: (K, 6, N) int32, the fields named above for every slot.
+        resident: (K, 9, M) int32 and streamed: (K, 7, N) int32, the fields named above for every slot.
         order: (H*W,) int32, the map's place of every place of the curve; None where there is no curve.
         sides: streamed tokens (y, x) of the largest tile.
         zero_keys: whether slots without a token take part (zero padding).
+        pitch: entries of a row of the bias table.
+        grid: slots of a tile laid out as resident rows, columns, and streamed columns, all powers of two; None where
+            slots are filled without gaps.
     """
 
     tiles: Tensor
@@ -124,6 +127,8 @@ class Schedule:
     order: Tensor | None
     sides: tuple[int, int]
     zero_keys: bool
+    pitch: int
+    grid: tuple[int, int, int] | None
 
     @property
     def nbytes(self) -> int:
@@ -144,25 +149,28 @@ class Schedule:
     def entries(self) -> np.ndarray:
         """(K, M, N) int32: flat table entry of every pair, -1 where the pair is masked."""
         resident, streamed = self.resident.cpu().numpy(), self.streamed.cpu().numpy()
-        _, low_y, high_y, low_x, high_x, code, *_ = (resident[:, f, :, None] for f in range(len(RESIDENT_FIELDS)))
-        _, y, x, other, *_ = (streamed[:, f, None, :] for f in range(len(STREAMED_FIELDS)))
+        _, low_y, high_y, low_x, high_x, own_y, own_x, *_ = (resident[:, f, :, None] for f in range(7))
+        _, y, x, other_y, other_x, *_ = (streamed[:, f, None, :] for f in range(5))
         allowed = (y >= low_y) & (y < high_y) & (x >= low_x) & (x < high_x)
-        return np.where(allowed, code + other, -1).astype(np.int32)
+        return np.where(allowed, (own_y + other_y) * self.pitch + own_x + other_x, -1).astype(np.int32)
 
 
 def schedule(
-    pattern: Pattern, height: int, width: int, block_m: int, device: torch.device, *, inverse: bool
+    pattern: Pattern, height: int, width: int, block_m: int, device: torch.device, *, inverse: bool, grid: bool = False
 ) -> Schedule:
     """Schedule of `pattern` on a height x width key map, with tiles of at most block_m resident tokens.
 
-    inverse: resident tokens are keys, streamed ones the queries that see them.
+    inverse: resident tokens are keys, streamed ones the queries that see them. grid: lay slots out as `Schedule.grid`.
     """
     resolved = resolve(pattern, height, width)
     y, x = resolved.y, resolved.x
-    shape = choose_tile(resolved, block_m, inverse)
+    shape = choose_tile(resolved, block_m, inverse, grid=grid)[0]
     rows, columns = (axis_tiles(a, s, inverse=inverse) for a, s in zip((y, x), shape, strict=True))
     widths = (x.keys, x.queries) if inverse else (x.queries, x.keys)
-    pitch = 2 * x.reach + 1
+    layout = None
+    if grid:
+        across = _power_of_two(shape[1])
+        layout = (block_m // across, across, _power_of_two(max(len(c.streamed) for c in columns)))
     kinds: dict[tuple[bytes, bytes], int] = {}
     made: list[tuple[AxisTile, AxisTile]] = []
     tiles = []
@@ -174,11 +182,11 @@ def schedule(
                 made.append((r, c))
             place = int(r.resident[0]) * widths[0] + int(c.resident[0])
             first = r.anchor * widths[1] + c.anchor
-            tiles.append((place, first, kinds[key], len(r.streamed) * len(c.streamed)))
+            tiles.append((place, first, kinds[key], len(r.streamed) * (layout[2] if layout else len(c.streamed))))
     slots = max(1, *(t[3] for t in tiles))
     slots = -(-slots // SLOT_UNIT) * SLOT_UNIT
-    resident = np.stack([_resident(r, c, block_m, widths[0], pitch) for r, c in made])
-    streamed = np.stack([_streamed(r, c, slots, widths[1], pitch) for r, c in made])
+    resident = np.stack([_resident(r, c, block_m, widths[0], layout[1] if layout else 0) for r, c in made])
+    streamed = np.stack([_streamed(r, c, slots, widths[1], layout[2] if layout else 0) for r, c in made])
     order = None
     if resolved.pattern.curve is not None:
         order = curve_order(resolved.pattern.curve, resolved.height, resolved.width)
@@ -189,6 +197,8 @@ def schedule(
         None if order is None else _int32(order, device),
         (max(len(r.streamed) for r in rows), max(len(c.streamed) for c in columns)),
         any(not t.inside.all() for t in (*rows, *columns)),
+        2 * x.reach + 1,
+        layout,
     )
 
 
@@ -207,26 +217,35 @@ def _pairwise(y: np.ndarray, x: np.ndarray, which: int) -> np.ndarray:
     return (y, x)[which].ravel()
 
 
-def _filled(fields: Sequence[np.ndarray], fill: Sequence[int], slots: int) -> np.ndarray:
-    """(fields, slots): the fields, then what empty slots hold."""
-    return np.stack([np.concatenate([f, np.full(slots - len(f), v)]) for f, v in zip(fields, fill, strict=True)])
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
-def _resident(y: AxisTile, x: AxisTile, slots: int, width: int, pitch: int) -> np.ndarray:
+def _filled(
+    fields: Sequence[np.ndarray], fill: Sequence[int], slots: int, tokens: tuple[int, int], across: int
+) -> np.ndarray:
+    """(fields, slots): the fields of tokens (y, x), and what empty slots hold: after the last, or to `across` a row."""
+    y, x = tokens
+    at = np.arange(y)[:, None] * (across or x) + np.arange(x)
+    filled = np.repeat(np.array(fill)[:, None], slots, 1)
+    filled[:, at.ravel()] = np.stack(fields)
+    return filled
+
+
+def _resident(y: AxisTile, x: AxisTile, slots: int, width: int, across: int = 0) -> np.ndarray:
     fields = [
         _outer(y.resident - y.resident[0], x.resident - x.resident[0], width),
         _pairwise(y.low, x.low, 0),
         _pairwise(y.high, x.high, 0),
         _pairwise(y.low, x.low, 1),
         _pairwise(y.high, x.high, 1),
-        _outer(y.codes[0], x.codes[0], pitch),
-        _pairwise(y.rel_codes[0], x.rel_codes[0], 0),
-        _pairwise(y.rel_codes[0], x.rel_codes[0], 1),
+        *(_pairwise(y.codes[0], x.codes[0], which) for which in (0, 1)),
+        *(_pairwise(y.rel_codes[0], x.rel_codes[0], which) for which in (0, 1)),
     ]
-    return _filled(fields, (ABSENT, 0, 0, 0, 0, 0, 0, 0), slots)
+    return _filled(fields, (ABSENT, *[0] * 8), slots, (len(y.resident), len(x.resident)), across)
 
 
-def _streamed(y: AxisTile, x: AxisTile, slots: int, width: int, pitch: int) -> np.ndarray:
+def _streamed(y: AxisTile, x: AxisTile, slots: int, width: int, across: int = 0) -> np.ndarray:
     inside = (y.inside[:, None] & x.inside[None, :]).ravel()
     offset = np.where(inside, _outer(y.streamed - y.anchor, x.streamed - x.anchor, width), ABSENT)
     places = np.arange(len(y.streamed)), np.arange(len(x.streamed))
@@ -234,30 +253,38 @@ def _streamed(y: AxisTile, x: AxisTile, slots: int, width: int, pitch: int) -> n
         offset,
         _pairwise(*places, 0),
         _pairwise(*places, 1),
-        _outer(y.codes[1], x.codes[1], pitch),
-        _pairwise(y.rel_codes[1], x.rel_codes[1], 0),
-        _pairwise(y.rel_codes[1], x.rel_codes[1], 1),
+        *(_pairwise(y.codes[1], x.codes[1], which) for which in (0, 1)),
+        *(_pairwise(y.rel_codes[1], x.rel_codes[1], which) for which in (0, 1)),
     ]
     # Empty slots read the tile's anchor: always a token, never counted.
-    return _filled(fields, (0, NOWHERE, NOWHERE, 0, 0, 0), slots)
+    fill = (0, NOWHERE, NOWHERE, 0, 0, 0, 0)
+    return _filled(fields, fill, slots, (len(y.streamed), len(x.streamed)), across)
 
 
-def choose_tile(resolved: Resolved, block_m: int, inverse: bool) -> tuple[int, int]:
-    """Resident tokens (y, x) of a tile, at most block_m in all: the fewest scores computed and tokens streamed."""
+def choose_tile(
+    resolved: Resolved, block_m: int, inverse: bool, *, grid: bool = False
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Resident tokens (y, x) of a tile, at most block_m in all, and its cost: scores computed and tokens streamed."""
     y, x = (inverse_axis(a) if inverse else a for a in (resolved.y, resolved.x))
     sides = sorted({min(s, n) for n in (y.queries, x.queries) for s in (1, 2, 4, 7, 8, 14, 16, 32, 64, 128)})
     candidates = {(ty, min(block_m // ty, x.queries)) for ty in sides if ty <= min(block_m, y.queries)}
     candidates |= {(min(block_m // tx, y.queries), tx) for tx in sides if tx <= min(block_m, x.queries)}
     candidates |= {(s, s) for s in sides if s * s <= block_m and s <= min(y.queries, x.queries)}
+    if grid:
+        powers = [1 << p for p in range(block_m.bit_length())]
+        candidates = {(min(block_m // tx, y.queries), min(tx, x.queries)) for tx in powers}
     rows = {t: _streamed_lengths(axis_bands(y, t, split=True)) for t in {c[0] for c in candidates}}
     columns = {t: _streamed_lengths(axis_bands(x, t, split=True)) for t in {c[1] for c in candidates}}
 
     def cost(tile: tuple[int, int]) -> tuple[int, int]:
         (ny, cy), (nx, cx) = rows[tile[0]], columns[tile[1]]
+        if grid:
+            nx = np.full_like(nx, _power_of_two(int(nx.max())))
         slots = -(-(ny[:, None] * nx) // SLOT_UNIT) * SLOT_UNIT
         return int((slots * cy[:, None] * cx).sum()) * (block_m + LOAD_SCORES), -tile[1]
 
-    return min(sorted(candidates), key=cost)
+    best = min(sorted(candidates), key=cost)
+    return best, cost(best)
 
 
 def _streamed_lengths(bands: tuple[Band, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -323,6 +350,7 @@ def cells(pattern: Pattern, height: int, width: int, device: torch.device) -> Ce
     resolved = resolve(pattern, height, width)
     rows, columns = (axis_tiles(a, s, inverse=False) for a, s in zip((resolved.y, resolved.x), size, strict=True))
     pitch = 2 * resolved.x.reach + 1
+    row = resolved.x.keys
     alike: dict[tuple[bytes, bytes], list[tuple[AxisTile, AxisTile]]] = {}
     for r in rows:
         for c in columns:
@@ -330,12 +358,13 @@ def cells(pattern: Pattern, height: int, width: int, device: torch.device) -> Ce
     first, offset, entry, counts = [], [], [], []
     for members in alike.values():
         y, x = members[0]
-        first += [int(r.resident[0]) * resolved.x.keys + int(c.resident[0]) for r, c in members]
-        own, other = _resident(y, x, slots, resolved.x.keys, pitch), _streamed(y, x, slots, resolved.x.keys, pitch)
+        first += [int(r.resident[0]) * row + int(c.resident[0]) for r, c in members]
+        own, other = _resident(y, x, slots, row), _streamed(y, x, slots, row)
         offset.append(own[0])
         present = np.arange(slots) < len(y.resident) * len(x.resident)
         pairs = present[:, None] & present[None, :]
-        entry.append(np.where(pairs, own[5][:, None] + other[3][None, :], -1))
+        codes = (own[5] * pitch + own[6])[:, None] + (other[3] * pitch + other[4])[None, :]
+        entry.append(np.where(pairs, codes, -1))
         counts.append(len(members))
     order = None
     if pattern.curve is not None:

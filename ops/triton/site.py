@@ -14,10 +14,12 @@ from ..bias import BiasKind, bias_kind
 from ..patterns import Pattern, resolve
 from .configs import Config, architecture, choose, precision_name
 from .launch import Strides, cached, constants, power_of_two, precision, units, wide
-from .schedule import Cells, Schedule, cells, in_cells, schedule
+from .schedule import Cells, Schedule, axis_tiles, cells, choose_tile, in_cells, schedule
 
 __all__ = ["CellPass", "Site", "TilePass", "cell_pass", "make_site", "tile_pass"]
 
+MOST_TABLE = 64  # rows or columns of a bias table whose gradient a program holds
+GRID_COST = 1.25  # what the gradient of a bias table may add to the dQ pass, which spares a pass of its own
 ATLAS_BYTES = 16 << 20  # larger tables of tiles are not made: entries are looked up in the kernel
 
 
@@ -130,11 +132,14 @@ class TilePass:
 
 
 def tile_pass(
-    site: Site, op: str, names: tuple[str, ...], *, inverse: bool = False, like: TilePass | None = None
-) -> TilePass:
+    site: Site, op: str, names: tuple[str, ...], *, inverse: bool = False, table: bool = False,
+    like: TilePass | None = None,
+) -> TilePass:  # fmt: skip
     """The pass of kernel `op`, which reads and writes the tensors `names`, at a site; cached.
 
-    like: a pass whose tiles and bias this one shares.
+    Args:
+        table: lay slots out so that the pass can take the gradient of the bias table along, if that costs little.
+        like: a pass whose tiles and bias this one shares.
     """
 
     def build() -> TilePass:
@@ -144,7 +149,8 @@ def tile_pass(
             made, images = site.launch(names)
             made |= _tile_constants(site, config, like.plan, like.how)
             return replace(like, config=config, constants=made, images=images)
-        plan = schedule(site.pattern, site.height, site.width, config.block_m, site.device, inverse=inverse)
+        grid = table and _on_grid(site, config)
+        plan = schedule(site.pattern, site.height, site.width, config.block_m, site.device, inverse=inverse, grid=grid)
         slots = plan.streamed.shape[2]
         pairs = plan.kinds * config.block_m * slots * 4
         how, entry = site.kind.value, None
@@ -160,13 +166,26 @@ def tile_pass(
         order = plan.tiles if plan.order is None else plan.order
         return TilePass(config, plan, how, entry, order, site.codes(plan.tiles), made, images)
 
-    return cached((site, op), site.device, build)
+    return cached((site, op, table), site.device, build)
+
+
+def _on_grid(site: Site, config: Config) -> bool:
+    """Whether slots on a grid, which regroup into displacements, cost at most GRID_COST of slots without gaps."""
+    if site.kind is not BiasKind.TABLE or site.pattern.curve is not None:
+        return False
+    resolved = resolve(site.pattern, site.height, site.width)
+    if 2 * max(resolved.y.reach, resolved.x.reach) + 1 > MOST_TABLE:
+        return False
+    (_, tx), cost = choose_tile(resolved, config.block_m, False, grid=True)
+    across = max(len(t.streamed) for t in axis_tiles(resolved.x, tx, inverse=False))
+    fits = power_of_two(across, 1) <= config.block_n and tx <= config.block_m
+    return fits and cost[0] <= GRID_COST * choose_tile(resolved, config.block_m, False)[1][0]
 
 
 def _tile_constants(site: Site, config: Config, plan: Schedule, how: str) -> dict[str, Any]:
     return {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SLOTS": plan.streamed.shape[2], "BIAS": how,
-        "REL_Y": site.rel_rows[0], "REL_X": site.rel_rows[1],
+        "PITCH": plan.pitch, "REL_Y": site.rel_rows[0], "REL_X": site.rel_rows[1],
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 

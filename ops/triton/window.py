@@ -36,6 +36,13 @@ def _cell_bias(
 
 
 @triton.jit
+def _next(cell, image, count):
+    """The cell after this one, in the next image after the last: no division in the loop."""
+    last = cell + 1 == count
+    return tl.where(last, 0, cell + 1), tl.where(last, image + 1, image)
+
+
+@triton.jit
 def forward_kernel(
     q, k, v, out, runs, first_token, offset, order, bias, codes,
     tokens, scale, q_image, k_image, v_image,
@@ -52,9 +59,9 @@ def forward_kernel(
     offsets = tl.load(offset + kind * BLOCK_M + m)
     token, present = locate(offsets, tl.load(first_token + begin), order, CURVE, True)
     term = _cell_bias(bias, codes, head, kind, present, token, HEADS, BLOCK_M, ENTRIES, CENTRE, BIAS)
-    for item in range(first, first + items):
-        image = (item // count).to(tl.int64)
-        token, present = locate(offsets, tl.load(first_token + begin + item % count), order, CURVE, True)
+    cell, image = first % count, (first // count).to(tl.int64)
+    for _ in range(items):
+        token, present = locate(offsets, tl.load(first_token + begin + cell), order, CURVE, True)
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
         v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
@@ -68,6 +75,7 @@ def forward_kernel(
         value = product(weight.to(values.dtype), values, PRECISION) * (1.0 / total)[:, None]
         out_at = out + image * tokens * (HEADS * DV) + head * DV
         store_vectors(out_at, token, present, value, HEADS * DV, DV, BLOCK_DV, WIDE)
+        cell, image = _next(cell, image, count)
 
 
 @triton.jit
@@ -92,9 +100,9 @@ def backward_kernel(
     term = _cell_bias(bias, codes, head, kind, present, token, HEADS, BLOCK_M, ENTRIES, CENTRE, BIAS)
     if BIAS_GRADIENT:
         summed = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-    for item in range(first, first + items):
-        image = (item // count).to(tl.int64)
-        token, present = locate(offsets, tl.load(first_token + begin + item % count), order, CURVE, True)
+    cell, image = first % count, (first // count).to(tl.int64)
+    for _ in range(items):
+        token, present = locate(offsets, tl.load(first_token + begin + cell), order, CURVE, True)
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
         v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
@@ -121,6 +129,7 @@ def backward_kernel(
         store_vectors(dq_at, token, present, query_gradient, DQ_TOKEN, D, BLOCK_D, WIDE)
         store_vectors(dk_at, token, present, key_gradient, DK_TOKEN, D, BLOCK_D, WIDE)
         store_vectors(dv_at, token, present, value_gradient, DV_TOKEN, DV, BLOCK_DV, WIDE)
+        cell, image = _next(cell, image, count)
     if BIAS_GRADIENT:
         row = (run * HEADS + head).to(tl.int64) * BLOCK_M + m
         tl.store(partial + row[:, None] * BLOCK_M + m[None, :], summed)

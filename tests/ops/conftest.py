@@ -1,16 +1,14 @@
-"""Fixtures of the operator tests: poisoned allocations, and the folder's helpers made importable."""
+"""Fixtures of the operator tests, and the folder's helpers made importable."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from nearfield.ops import blocks, torch_tiles
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("ops_helpers")
@@ -20,33 +18,6 @@ pytest.register_assert_rewrite("ops_helpers")
 def _one_thread() -> None:
     # maps are tiny here, a second thread costs more than it brings
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Uninitialised floating point memory is NaN; the list grows by one per poisoned allocation."""
-    made: list[int] = []
-
-    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def poisoned_make(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = make(*args, **kwargs)
-            if tensor.is_floating_point():
-                made.append(tensor.numel())
-                with torch.no_grad():
-                    tensor.fill_(float("nan"))
-            return tensor
-
-        return poisoned_make
-
-    for owner, name in (
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-        (torch.Tensor, "new_empty_strided"),
-    ):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
-    return made
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 from nearfield.ops import (
+    BACKENDS,
     Axes,
     Full,
     Grid,
@@ -232,6 +233,13 @@ def score_terms(pattern: Pattern, height: int, width: int) -> dict[tuple[int, in
     return terms
 
 
+def most_keys(pattern: Pattern, height: int, width: int) -> int:
+    """Keys of the query that has most."""
+    if pattern.curve is not None:
+        return max(map(len, axis_keys(pattern, 0, height * width)))
+    return max(map(len, axis_keys(pattern, 0, height))) * max(map(len, axis_keys(pattern, 1, width)))
+
+
 def decomposed_rows(pattern: Pattern, which: int, n: int) -> list[list[int]]:
     """Row of the decomposed table for every key of every query.
 
@@ -310,6 +318,66 @@ def kinds_of(pattern: Pattern) -> list[str]:
     return ["none", "table", "positions" if pattern.curve else "decomposed"]
 
 
+# --- what the tests walk through --------------------------------------------------------------------------------------
+
+# Backends that run on CPU tensors; the kernels of "triton" have tests of their own, in tests/kernels.
+CPU_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
+
+# (pattern, height, width): every pattern, sizes that divide and sizes that do not
+CASES: list[tuple[Pattern, int, int]] = [
+    (Window(4), 8, 12),
+    (Window(7), 13, 9),
+    (Window((3, 5), shift=(1, -2)), 11, 8),
+    (Window(9, shift=4), 5, 6),
+    (Grid(4), 8, 12),
+    (Grid((3, 5)), 10, 7),
+    (Grid(9), 4, 5),
+    (Neighborhood(7), 7, 7),
+    (Neighborhood(7), 9, 20),
+    (Neighborhood((3, 5), dilation=(2, 1)), 9, 11),
+    (Neighborhood(3, dilation=3), 10, 14),
+    (Neighborhood(4), 10, 9),
+    (Neighborhood((6, 2), dilation=(1, 3)), 8, 13),
+    (Neighborhood(5, stride=2), 11, 10),
+    (Neighborhood(6, dilation=2, stride=(6, 3)), 13, 15),
+    (Neighborhood(1), 3, 4),
+    (Halo(4, 1), 8, 12),
+    (Halo(4, 3), 7, 9),
+    (Halo(2, 5), 5, 3),
+    (Halo((4, 2), (1, 2), "clip"), 9, 7),
+    (Halo(4, 2, "zero", 2), 8, 12),
+    (Halo((6, 4), (1, 3), "clip", (3, 2)), 13, 10),
+    (Slide(5), 9, 12),
+    (Slide((4, 30)), 10, 6),
+    (Full(), 6, 7),
+    (Axes(Full(), Window(3, 1)), 7, 10),
+    (Axes(Neighborhood(3, 2), Slide(5)), 8, 9),
+    (Axes(Halo(2, 1), Grid(3)), 5, 8),
+    (HilbertWindow(16), 8, 8),
+    (HilbertWindow(7, shift=4), 9, 6),
+    (HilbertNeighborhood(9), 7, 8),
+    (HilbertNeighborhood(4), 5, 5),
+    (HilbertSlide(11), 6, 9),
+    (HilbertSlide(2), 3, 3),
+]
+EVERY_KIND = [(*case, kind) for case in CASES for kind in kinds_of(case[0])]
+FEW = [
+    (Window((3, 5), shift=(1, -2)), 11, 8, "table"),
+    (Neighborhood((3, 5), dilation=(2, 1)), 9, 11, "table"),
+    (Neighborhood(6, dilation=1, stride=(6, 3)), 13, 9, "none"),
+    (Halo(4, 2, "clip"), 9, 7, "decomposed"),
+    (Halo(4, 3, "zero"), 7, 9, "table"),
+    (Slide(5), 9, 12, "none"),
+    (Grid((3, 5)), 10, 7, "table"),
+    (HilbertWindow(7, shift=4), 9, 6, "positions"),
+    (HilbertNeighborhood(9), 7, 8, "table"),
+]
+
+
+def ident(value: Any) -> str | None:
+    return repr(value).replace(" ", "") if isinstance(value, Pattern) else None
+
+
 @dataclass
 class Case:
     """Inputs of one call; `leaves` are what gradients are taken of, `view` makes q, k, v of the first ones."""
@@ -323,10 +391,15 @@ class Case:
     )
     scale: float | None = None
 
-    def to(self, dtype: torch.dtype) -> Case:
-        return Case(
-            self.pattern, [t.to(dtype) for t in self.leaves], self.grad.to(dtype), self.biases, self.view, self.scale
-        )
+    def to(self, kind: torch.dtype | torch.device) -> Case:
+        """The same call in another dtype or on another device."""
+        return replace(self, leaves=[t.to(kind) for t in self.leaves], grad=self.grad.to(kind))
+
+    @property
+    def terms(self) -> int:
+        """Terms of the longest sums: of a score, and of a row of weights."""
+        key = self.leaves[min(1, len(self.leaves) - self.biases - 1)]
+        return key.shape[-1] + most_keys(self.pattern, *key.shape[1:3])
 
     @property
     def names(self) -> list[str]:
@@ -376,6 +449,82 @@ def make_case(
     return Case(pattern, [q, k, v, *biases], grad, len(biases), scale=scale)
 
 
+# --- layouts of the inputs --------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, tuple[Callable[..., tuple[int, ...]], Callable[[Tensor], Tensor]]] = {
+    # name: (shape of the leaf for (B, H, W, h, d), view of it in that shape)
+    "heads first": (lambda B, H, W, h, d: (B, h, H, W, d), lambda t: t.permute(0, 2, 3, 1, 4)),
+    "channels first": (lambda B, H, W, h, d: (B, h, d, H, W), lambda t: t.permute(0, 3, 4, 1, 2)),
+    "transposed map": (lambda B, H, W, h, d: (B, W, H, h, d), lambda t: t.transpose(1, 2)),
+    "every second token": (lambda B, H, W, h, d: (B, 2 * H, 2 * W, h, d), lambda t: t[:, 1::2, ::2]),
+    "part of a larger map": (lambda B, H, W, h, d: (B, H + 3, W + 2, h, d), lambda t: t[:, 2:-1, 1:-1]),
+    "every second channel": (lambda B, H, W, h, d: (B, H, W, h, 2 * d), lambda t: t[..., ::2]),
+    "some heads": (lambda B, H, W, h, d: (B, H, W, h + 3, d), lambda t: t[:, :, :, 2:-1]),
+    "reversed storage": (lambda B, H, W, h, d: (d, h, W, H, B), lambda t: t.permute(4, 3, 2, 1, 0)),
+}
+PACKED_VIEWS: dict[str, tuple[Callable[..., tuple[int, ...]], Callable[[Tensor], Tensor]]] = {
+    "three first": (lambda B, H, W, h, d: (3, B, h, H, W, d), lambda t: t.permute(1, 3, 4, 0, 2, 5)),
+    "three last": (lambda B, H, W, h, d: (B, H, W, h, d, 3), lambda t: t.permute(0, 1, 2, 5, 3, 4)),
+    "head before three": (lambda B, H, W, h, d: (B, H, W, h, 3, d), lambda t: t.transpose(3, 4)),
+    "three reversed": (lambda B, H, W, h, d: (B, H, W, 3, h, d), lambda t: t.flip(3)),
+    "part of a wider projection": (lambda B, H, W, h, d: (B, H, W, 5, h, d), lambda t: t[:, :, :, 1:4]),
+    "one row repeated": (lambda B, H, W, h, d: (B, 1, W, 3, h, d), lambda t: t.expand(-1, 11, -1, -1, -1, -1)),
+}
+
+
+# --- arguments of the registered operators ----------------------------------------------------------------------------
+
+OPS = torch.ops.nearfield
+OP_KINDS = [
+    (Neighborhood(3), "none"),
+    (Window(3, 1), "table"),
+    (Halo(2, 1), "decomposed"),
+    (HilbertWindow(5, 2), "positions"),
+    (HilbertNeighborhood(5), "table"),
+    (Full(), "table"),
+]
+
+
+def forward_arguments(
+    pattern: Pattern, kind: str, packed: bool, *, training: bool = True, p: float = 0.0, backend: str = "torch"
+) -> tuple:
+    # torch.testing's check perturbs what requires a gradient: float32, as in use
+    case = make_case(pattern, 5, 6, kind, batch=2, packed=packed, dtype=torch.float32, value_dim=None if packed else 4)
+    leaves = [t.requires_grad_(training) for t in case.leaves]
+    split = len(leaves) - case.biases
+    inputs = (leaves[0], None, None) if packed else tuple(leaves[:3])
+    biases = [*leaves[split:], None, None][:2]
+    seed = torch.tensor(7) if p else None
+    return (*inputs, *biases, seed, repr(pattern), 0.5, p, training, backend)
+
+
+def backward_arguments(
+    pattern: Pattern, kind: str, packed: bool, bias_needs_grad: bool, *, backend: str = "torch"
+) -> tuple:
+    *tensors, spelling, scale, p, _, _ = detached(forward_arguments(pattern, kind, packed, backend=backend))
+    out, lse = OPS.local_attention(*tensors, spelling, scale, p, True, backend)
+    return (torch.randn_like(out), *tensors, out, lse, spelling, scale, p, bias_needs_grad, backend)
+
+
+def routing_arguments(packed: bool, zero_pad: bool, *, p: float = 0.0, backend: str = "torch") -> tuple:
+    if packed:
+        inputs: tuple = (torch.randn(2, 5, 6, 3, 2, 4, requires_grad=True), None, None)
+    else:
+        inputs = tuple(torch.randn(2, 5, 6, 2, d, requires_grad=True) for d in (4, 4, 3))
+    routes = torch.rand(2, 6, 6).argsort(-1)[..., :2]
+    return (*inputs, routes, torch.tensor(3) if p else None, [2, 3], zero_pad, 0.5, p, backend)
+
+
+def routing_backward_arguments(packed: bool, zero_pad: bool, *, backend: str = "torch") -> tuple:
+    arguments = detached(routing_arguments(packed, zero_pad, backend=backend))
+    out, lse = OPS.routing_attention(*arguments)
+    return (torch.randn_like(out), *arguments[:5], out, lse, *arguments[5:])
+
+
+def detached(arguments: Sequence[Any]) -> tuple:
+    return tuple(t.detach() if isinstance(t, Tensor) else t for t in arguments)
+
+
 # --- how far from the truth -------------------------------------------------------------------------------------------
 
 
@@ -406,21 +555,19 @@ def term_sizes(case: Case) -> tuple[list[float], float]:
     return [max(a.abs().max().item(), b.abs().max().item()) for a, b in zip(whole, terms, strict=True)], largest
 
 
-def assert_within_rounding(case: Case) -> None:
-    """Error of the torch backend <= error of the eager reference in the same dtype + what rounding a sum may cost.
+def assert_within_rounding(case: Case, backend: str = "torch") -> None:
+    """Error of a backend <= error of the eager reference in the same dtype + what rounding a sum may cost.
 
     The ruler is the float64 reference on the same (rounded) inputs. The budget, relative to the size of what is summed,
     is sqrt(terms) * unit roundoff (the terms of a score and of a softmax row are the head_dim and the keys), and what
     exp makes of a score rounded in float32.
     """
     q = case.leaves[0]
-    height, width = case.leaves[min(1, len(case.leaves) - case.biases - 1)].shape[1:3]
-    keys = max(len(row) for row in score_terms(case.pattern, height, width).values())
     sizes, largest_score = term_sizes(case)
-    budget = (keys + q.shape[-1]) ** 0.5 * torch.finfo(q.dtype).eps / 2
+    budget = case.terms**0.5 * torch.finfo(q.dtype).eps / 2
     budget += (1 + largest_score) * torch.finfo(torch.float32).eps  # of the score and of its row's log-sum-exp
     ruler = case.to(torch.float64).run("reference")
-    eager, got = case.run("reference"), case.run("torch")
+    eager, got = case.run("reference"), case.run(backend)
     for name, want, easy, have, leaf, size in zip(case.names, ruler, eager, got, [q, *case.leaves], sizes, strict=True):
         assert have.dtype == leaf.dtype, name
         assert torch.isfinite(have).all(), name

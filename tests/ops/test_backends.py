@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from nearfield.ops import (
-    Axes,
     Full,
     Grid,
     Halo,
@@ -24,63 +23,23 @@ from nearfield.ops import (
     local_attention,
     torch_tiles,
 )
-from ops_helpers import Case, assert_exact, assert_within_rounding, kinds_of, make_case, query_stride, random_cases
+from ops_helpers import (
+    CASES,
+    CPU_BACKENDS,
+    EVERY_KIND,
+    FEW,
+    LAYOUTS,
+    PACKED_VIEWS,
+    Case,
+    assert_exact,
+    assert_within_rounding,
+    ident,
+    kinds_of,
+    make_case,
+    query_stride,
+    random_cases,
+)
 from torch import Tensor
-
-# (pattern, height, width): every kind, sizes that divide and sizes that do not
-CASES: list[tuple[Pattern, int, int]] = [
-    (Window(4), 8, 12),
-    (Window(7), 13, 9),
-    (Window((3, 5), shift=(1, -2)), 11, 8),
-    (Window(9, shift=4), 5, 6),
-    (Grid(4), 8, 12),
-    (Grid((3, 5)), 10, 7),
-    (Grid(9), 4, 5),
-    (Neighborhood(7), 7, 7),
-    (Neighborhood(7), 9, 20),
-    (Neighborhood((3, 5), dilation=(2, 1)), 9, 11),
-    (Neighborhood(3, dilation=3), 10, 14),
-    (Neighborhood(4), 10, 9),
-    (Neighborhood((6, 2), dilation=(1, 3)), 8, 13),
-    (Neighborhood(5, stride=2), 11, 10),
-    (Neighborhood(6, dilation=2, stride=(6, 3)), 13, 15),
-    (Neighborhood(1), 3, 4),
-    (Halo(4, 1), 8, 12),
-    (Halo(4, 3), 7, 9),
-    (Halo(2, 5), 5, 3),
-    (Halo((4, 2), (1, 2), "clip"), 9, 7),
-    (Halo(4, 2, "zero", 2), 8, 12),
-    (Halo((6, 4), (1, 3), "clip", (3, 2)), 13, 10),
-    (Slide(5), 9, 12),
-    (Slide((4, 30)), 10, 6),
-    (Full(), 6, 7),
-    (Axes(Full(), Window(3, 1)), 7, 10),
-    (Axes(Neighborhood(3, 2), Slide(5)), 8, 9),
-    (Axes(Halo(2, 1), Grid(3)), 5, 8),
-    (HilbertWindow(16), 8, 8),
-    (HilbertWindow(7, shift=4), 9, 6),
-    (HilbertNeighborhood(9), 7, 8),
-    (HilbertNeighborhood(4), 5, 5),
-    (HilbertSlide(11), 6, 9),
-    (HilbertSlide(2), 3, 3),
-]
-EVERY_KIND = [(*case, kind) for case in CASES for kind in kinds_of(case[0])]
-FEW = [
-    (Window((3, 5), shift=(1, -2)), 11, 8, "table"),
-    (Neighborhood((3, 5), dilation=(2, 1)), 9, 11, "table"),
-    (Neighborhood(6, dilation=1, stride=(6, 3)), 13, 9, "none"),
-    (Halo(4, 2, "clip"), 9, 7, "decomposed"),
-    (Halo(4, 3, "zero"), 7, 9, "table"),
-    (Slide(5), 9, 12, "none"),
-    (Grid((3, 5)), 10, 7, "table"),
-    (HilbertWindow(7, shift=4), 9, 6, "positions"),
-    (HilbertNeighborhood(9), 7, 8, "table"),
-]
-
-
-def ident(value: Any) -> str | None:
-    return repr(value).replace(" ", "") if isinstance(value, Pattern) else None
-
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
@@ -175,20 +134,6 @@ def test_packed_gradient_is_the_stack_of_the_separate_ones(
     torch.testing.assert_close(dbias, want_bias, rtol=1e-11, atol=1e-12)
 
 
-Leaves = list[Tensor]
-LAYOUTS: dict[str, tuple[Callable[..., tuple[int, ...]], Callable[[Tensor], Tensor]]] = {
-    # name: (shape of the leaf for (B, H, W, h, d), view of it in that shape)
-    "heads first": (lambda B, H, W, h, d: (B, h, H, W, d), lambda t: t.permute(0, 2, 3, 1, 4)),
-    "channels first": (lambda B, H, W, h, d: (B, h, d, H, W), lambda t: t.permute(0, 3, 4, 1, 2)),
-    "transposed map": (lambda B, H, W, h, d: (B, W, H, h, d), lambda t: t.transpose(1, 2)),
-    "every second token": (lambda B, H, W, h, d: (B, 2 * H, 2 * W, h, d), lambda t: t[:, 1::2, ::2]),
-    "part of a larger map": (lambda B, H, W, h, d: (B, H + 3, W + 2, h, d), lambda t: t[:, 2:-1, 1:-1]),
-    "every second channel": (lambda B, H, W, h, d: (B, H, W, h, 2 * d), lambda t: t[..., ::2]),
-    "some heads": (lambda B, H, W, h, d: (B, H, W, h + 3, d), lambda t: t[:, :, :, 2:-1]),
-    "reversed storage": (lambda B, H, W, h, d: (d, h, W, H, B), lambda t: t.permute(4, 3, 2, 1, 0)),
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_are_taken(layout: str) -> None:
     shape, view = LAYOUTS[layout]
@@ -200,16 +145,6 @@ def test_any_strides_are_taken(layout: str) -> None:
         assert_exact(strided)
         plain = Case(pattern, [*(view(t).contiguous() for t in leaves), *biases], case.grad, case.biases)
         torch.testing.assert_close(strided.run("torch")[0], plain.run("torch")[0], rtol=1e-12, atol=1e-12)
-
-
-PACKED_VIEWS: dict[str, tuple[Callable[..., tuple[int, ...]], Callable[[Tensor], Tensor]]] = {
-    "three first": (lambda B, H, W, h, d: (3, B, h, H, W, d), lambda t: t.permute(1, 3, 4, 0, 2, 5)),
-    "three last": (lambda B, H, W, h, d: (B, H, W, h, d, 3), lambda t: t.permute(0, 1, 2, 5, 3, 4)),
-    "head before three": (lambda B, H, W, h, d: (B, H, W, h, 3, d), lambda t: t.transpose(3, 4)),
-    "three reversed": (lambda B, H, W, h, d: (B, H, W, 3, h, d), lambda t: t.flip(3)),
-    "part of a wider projection": (lambda B, H, W, h, d: (B, H, W, 5, h, d), lambda t: t[:, :, :, 1:4]),
-    "one row repeated": (lambda B, H, W, h, d: (B, 1, W, 3, h, d), lambda t: t.expand(-1, 11, -1, -1, -1, -1)),
-}
 
 
 @pytest.mark.parametrize("layout", PACKED_VIEWS)
@@ -266,7 +201,7 @@ def test_incoming_gradients_of_any_strides_are_taken(layout: str) -> None:
         assert_exact(case)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("value_dim", [8, 4, 16])
 def test_outputs_are_contiguous(value_dim: int, backend: str) -> None:
     for pattern in (Full(), Window(2), Neighborhood(3), HilbertWindow(5)):
@@ -277,7 +212,7 @@ def test_outputs_are_contiguous(value_dim: int, backend: str) -> None:
             assert out.is_contiguous(), pattern
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_inputs_are_left_as_they_are(backend: str) -> None:
     for pattern, height, width, kind in FEW:
         case = make_case(pattern, height, width, kind, batch=2)
@@ -292,7 +227,7 @@ def test_inputs_are_left_as_they_are(backend: str) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_empty_batch_gives_an_empty_output_and_zero_bias_gradients(packed: bool, backend: str) -> None:
     for pattern, kind in ((Window(2), "table"), (Neighborhood(3), "table"), (HilbertWindow(4), "positions")):
@@ -330,7 +265,7 @@ def test_low_precision_table_gradients_are_summed_in_float32() -> None:
     v[:, :, ::2] = 1
     grad = torch.zeros(1, 64, 64, 1, 8, dtype=torch.bfloat16)
     grad[:, :, ::2, :, 0] = 1
-    for backend in ("reference", "torch"):
+    for backend in CPU_BACKENDS:
         out = local_attention(q, q, v, Window(2), bias=table, backend=backend)
         (got,) = torch.autograd.grad(out, table, grad)
         # even columns see value 1 at dx = 0 and 0 at dx = 1: dP - delta = +-1/2, weight 1/4, 2048 queries

@@ -34,7 +34,17 @@ from nearfield.ops import (
     resolve,
 )
 from nearfield.ops.patterns import Axis
-from ops_helpers import axis_keys, fits, neighborhood_keys, query_stride, random_cases, random_pattern, reach, step
+from ops_helpers import (
+    CPU_BACKENDS,
+    axis_keys,
+    fits,
+    neighborhood_keys,
+    query_stride,
+    random_cases,
+    random_pattern,
+    reach,
+    step,
+)
 
 EXAMPLES: list[Pattern] = [
     Window(7),
@@ -252,7 +262,7 @@ def halo_by_unfold(
     return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H // stride, W // stride, heads, -1)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(("block", "halo", "stride"), [(4, 1, 1), (4, 2, 2), (2, 3, 1), (6, 1, 2), (3, 0, 3)])
 def test_zero_padded_halo_is_halonets_unfold(block: int, halo: int, stride: int, backend: str) -> None:
     H, W, heads, d, win = 2 * block, 3 * block, 2, 8, block + 2 * halo

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from nearfield.ops import Full, Halo, HilbertWindow, Neighborhood, Pattern, Window, local_attention
-from ops_helpers import attention_by_loops, kinds_of, make_case, random_cases
+from ops_helpers import CPU_BACKENDS, attention_by_loops, kinds_of, make_case, random_cases
 
 CASES = random_cases(40, seed=11, largest=5)
 
@@ -20,7 +20,7 @@ def test_reference_equals_the_loops_for_every_pattern_and_bias(number: int) -> N
             torch.testing.assert_close(case.run("reference")[0], want, rtol=1e-10, atol=1e-12, msg=str(case.pattern))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_one_bias_entry_moves_exactly_the_pairs_at_its_displacement(backend: str) -> None:
     """Entry [h, dy + ry, dx + rx] is of key - query = (dy, dx) in steps. Values are one-hot: outputs are weights."""
     H, W, k, d = 8, 10, 3, 2
@@ -45,7 +45,7 @@ def test_one_bias_entry_moves_exactly_the_pairs_at_its_displacement(backend: str
 
 def test_default_scale_is_the_inverse_root_of_head_dim() -> None:
     q = torch.randn(1, 4, 4, 1, 16, dtype=torch.float64)
-    for backend in ("reference", "torch"):
+    for backend in CPU_BACKENDS:
         given = local_attention(q, q, q, Full(), scale=0.25, backend=backend)
         assert torch.equal(local_attention(q, q, q, Full(), backend=backend), given)
 
@@ -54,12 +54,12 @@ def test_default_scale_is_the_inverse_root_of_head_dim() -> None:
 def test_constant_values_come_back(pattern: Pattern) -> None:
     """Weights of a query sum to one over its keys."""
     q = torch.randn(1, 5, 6, 2, 8)
-    for backend in ("reference", "torch"):
+    for backend in CPU_BACKENDS:
         out = local_attention(q, q, torch.ones_like(q), pattern, backend=backend)
         torch.testing.assert_close(out, torch.ones_like(q))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_padding_zeros_of_a_halo_take_part_in_the_softmax(backend: str) -> None:
     q = torch.zeros(1, 2, 2, 1, 4)  # all scores are 0: weights are 1 / 16, of which 4 lie on the map
     out = local_attention(q, q, torch.ones_like(q), Halo(2, 1), backend=backend)
@@ -72,7 +72,7 @@ def test_padding_zeros_of_a_halo_take_part_in_the_softmax(backend: str) -> None:
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     case = make_case(Neighborhood(3), 6, 6, "table", dtype=dtype)
     q, k, v, table = case.leaves
-    for backend in ("reference", "torch"):
+    for backend in CPU_BACKENDS:
         wide = local_attention(q.float(), k.float(), v.float(), case.pattern, bias=table.float(), backend=backend)
         got = local_attention(q, k, v, case.pattern, bias=table, backend=backend)
         assert got.dtype == dtype

@@ -9,7 +9,6 @@ import nearfield.ops.attention as attention
 import pytest
 import torch
 from nearfield.ops import (
-    BACKENDS,
     Axes,
     Full,
     Grid,
@@ -30,39 +29,28 @@ from nearfield.ops import (
     use_backend,
     window_attention,
 )
-from ops_helpers import axis_keys, bias_shapes, make_case
+from ops_helpers import (
+    CPU_BACKENDS,
+    OP_KINDS,
+    OPS,
+    axis_keys,
+    backward_arguments,
+    bias_shapes,
+    forward_arguments,
+    make_case,
+    routing_arguments,
+    routing_backward_arguments,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-OPS = torch.ops.nearfield
-
 # --- registration -----------------------------------------------------------------------------------------------------
-
-KINDS = [
-    (Neighborhood(3), "none"),
-    (Window(3, 1), "table"),
-    (Halo(2, 1), "decomposed"),
-    (HilbertWindow(5, 2), "positions"),
-    (HilbertNeighborhood(5), "table"),
-    (Full(), "table"),
-]
-
-
-def forward_arguments(pattern: Pattern, kind: str, packed: bool, *, training: bool = True, p: float = 0.0) -> tuple:
-    # torch.testing's check perturbs what requires a gradient: float32, as in use
-    case = make_case(pattern, 5, 6, kind, batch=2, packed=packed, dtype=torch.float32, value_dim=None if packed else 4)
-    leaves = [t.requires_grad_(training) for t in case.leaves]
-    split = len(leaves) - case.biases
-    inputs = (leaves[0], None, None) if packed else tuple(leaves[:3])
-    biases = [*leaves[split:], None, None][:2]
-    seed = torch.tensor(7) if p else None
-    return (*inputs, *biases, seed, repr(pattern), 0.5, p, training)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("pattern", "kind"), KINDS, ids=str)
+@pytest.mark.parametrize(("pattern", "kind"), OP_KINDS, ids=str)
 def test_local_attention_passes_opcheck(pattern: Pattern, kind: str, packed: bool) -> None:
     torch.library.opcheck(OPS.local_attention.default, forward_arguments(pattern, kind, packed))
 
@@ -74,14 +62,11 @@ def test_local_attention_without_gradients_or_with_dropout_passes_opcheck() -> N
 
 @pytest.mark.parametrize("bias_needs_grad", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("pattern", "kind"), KINDS, ids=str)
+@pytest.mark.parametrize(("pattern", "kind"), OP_KINDS, ids=str)
 def test_local_attention_backward_passes_opcheck(
     pattern: Pattern, kind: str, packed: bool, bias_needs_grad: bool
 ) -> None:
-    arguments = forward_arguments(pattern, kind, packed)
-    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in arguments)
-    out, lse = OPS.local_attention(*detached)
-    call = (torch.randn_like(out), *detached[:6], out, lse, *detached[6:9], bias_needs_grad)
+    call = backward_arguments(pattern, kind, packed, bias_needs_grad)
     torch.library.opcheck(OPS.local_attention_backward.default, call)
 
 
@@ -92,36 +77,24 @@ def test_backward_gives_each_gradient_the_dtype_of_its_input(kind: str) -> None:
     for dtype, bias_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         case = make_case(pattern, 4, 5, kind, dtype=dtype, bias_dtype=bias_dtype)
         inputs = (*case.leaves, None)[:5]
-        out, lse = OPS.local_attention(*inputs, None, repr(pattern), 0.5, 0.0, True)
+        out, lse = OPS.local_attention(*inputs, None, repr(pattern), 0.5, 0.0, True, "torch")
         gradients = OPS.local_attention_backward(
-            case.grad, *inputs, None, out, lse, repr(pattern), 0.5, 0.0, bias_needs_grad=True
+            case.grad, *inputs, None, out, lse, repr(pattern), 0.5, 0.0, True, "torch"
         )
         for gradient, leaf in zip(gradients, case.leaves, strict=False):
             assert (gradient.dtype, gradient.shape) == (leaf.dtype, leaf.shape)
-
-
-def routing_arguments(packed: bool, zero_pad: bool, p: float = 0.0) -> tuple:
-    if packed:
-        inputs: tuple = (torch.randn(2, 5, 6, 3, 2, 4, requires_grad=True), None, None)
-    else:
-        inputs = tuple(torch.randn(2, 5, 6, 2, d, requires_grad=True) for d in (4, 4, 3))
-    routes = torch.rand(2, 6, 6).argsort(-1)[..., :2]
-    return (*inputs, routes, torch.tensor(3) if p else None, [2, 3], zero_pad, 0.5, p)
 
 
 @pytest.mark.parametrize("zero_pad", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_routing_attention_passes_opcheck(packed: bool, zero_pad: bool) -> None:
     torch.library.opcheck(OPS.routing_attention.default, routing_arguments(packed, zero_pad))
-    torch.library.opcheck(OPS.routing_attention.default, routing_arguments(packed, zero_pad, 0.2))
+    torch.library.opcheck(OPS.routing_attention.default, routing_arguments(packed, zero_pad, p=0.2))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_routing_attention_backward_passes_opcheck(packed: bool) -> None:
-    arguments = tuple(t.detach() if isinstance(t, Tensor) else t for t in routing_arguments(packed, False))
-    out, lse = OPS.routing_attention(*arguments)
-    call = (torch.randn_like(out), *arguments[:5], out, lse, *arguments[5:])
-    torch.library.opcheck(OPS.routing_attention_backward.default, call)
+    torch.library.opcheck(OPS.routing_attention_backward.default, routing_backward_arguments(packed, False))
 
 
 def test_fake_outputs_have_the_strides_of_real_ones() -> None:
@@ -130,7 +103,7 @@ def test_fake_outputs_have_the_strides_of_real_ones() -> None:
         for dv in (4, 8, 16):
             for training in (False, True):
                 q, v = torch.randn(2, 4, 4, 2, 8), torch.randn(2, 4, 4, 2, dv)
-                call = (None, None, None, repr(pattern), 0.5, 0.0, training)
+                call = (None, None, None, repr(pattern), 0.5, 0.0, training, "torch")
                 real = OPS.local_attention(q, q, v, *call)
                 with FakeTensorMode() as mode:
                     fq, fv = mode.from_tensor(q), mode.from_tensor(v)
@@ -172,7 +145,7 @@ def gradients(call: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tens
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.parametrize(("pattern", "kind"), KINDS, ids=str)
+@pytest.mark.parametrize(("pattern", "kind"), OP_KINDS, ids=str)
 def test_compiled_whole_equals_eager_in_both_passes(pattern: Pattern, kind: str) -> None:
     model = Block(pattern, kind, (5, 6))
     x = torch.randn(2, 5, 6, 8, requires_grad=True)
@@ -342,11 +315,11 @@ def _routed(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
 
 
 DROPPING = pytest.mark.parametrize("call", [_local, _routed], ids=["local", "routing"])
-EITHER_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+EVERY_BACKEND = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 
 @DROPPING
-@EITHER_BACKEND
+@EVERY_BACKEND
 def test_dropout_zeroes_a_share_of_the_weights_and_scales_the_others(call: Call, backend: str) -> None:
     """Values are one-hot, so the output of a query is its weights."""
     H, W, p = 8, 9, 0.3
@@ -365,7 +338,7 @@ def test_dropout_zeroes_a_share_of_the_weights_and_scales_the_others(call: Call,
 
 
 @DROPPING
-@EITHER_BACKEND
+@EVERY_BACKEND
 def test_dropout_keeps_the_expectation(call: Call, backend: str) -> None:
     q, k, v = torch.randn(3, 1, 6, 6, 2, 4)
     want = call(q, k, v, backend=backend)
@@ -376,7 +349,7 @@ def test_dropout_keeps_the_expectation(call: Call, backend: str) -> None:
 
 
 @DROPPING
-@EITHER_BACKEND
+@EVERY_BACKEND
 def test_dropout_follows_pytorchs_generator(call: Call, backend: str) -> None:
     q, k, v = torch.randn(3, 1, 6, 6, 2, 4)
 
@@ -403,7 +376,7 @@ def test_no_dropout_draws_nothing_from_the_generator(call: Call) -> None:
     [(Window(2), "table"), (Neighborhood(2), "none"), (Halo(2, 1), "decomposed"), (HilbertWindow(4, 1), "positions")],
     ids=str,
 )
-@EITHER_BACKEND
+@EVERY_BACKEND
 def test_dropout_gradients_belong_to_the_masks_of_the_forward_pass(pattern: Pattern, kind: str, backend: str) -> None:
     case = make_case(pattern, 3, 3, kind, heads=2, head_dim=1)
 
@@ -422,7 +395,7 @@ def test_dropout_gradients_belong_to_the_masks_of_many_blocks() -> None:
 
 
 @pytest.mark.parametrize("pad", ["zero", "clip"])
-@EITHER_BACKEND
+@EVERY_BACKEND
 def test_routed_dropout_gradients_belong_to_the_masks_of_the_forward_pass(pad: str, backend: str) -> None:
     leaves = [torch.randn(1, 3, 3, 2, 1, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
@@ -500,7 +473,7 @@ def test_the_context_ends_with_an_error_in_it(ran: Callable[..., str]) -> None:
     assert ran() == "torch"
 
 
-@pytest.mark.parametrize("name", ["cuda", "Torch", "triton", ""])
+@pytest.mark.parametrize("name", ["cuda", "Torch", "Triton", ""])
 def test_an_unknown_backend_is_refused_and_never_replaced(
     name: str, ran: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,7 +492,7 @@ def test_an_unknown_backend_is_refused_and_never_replaced(
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
-@EITHER_BACKEND
+@EVERY_BACKEND
 def test_every_function_is_its_pattern(backend: str) -> None:
     q, k, v = torch.randn(3, 2, 6, 8, 2, 4)
     options: dict[str, Any] = {"scale": 0.7, "backend": backend}
@@ -595,7 +568,7 @@ WRONG: list[tuple[tuple, dict, list[str]]] = [
 ]  # fmt: skip
 
 
-@EITHER_BACKEND
+@EVERY_BACKEND
 @pytest.mark.parametrize("number", range(len(WRONG)))
 def test_wrong_inputs_are_refused_with_what_is_allowed(number: int, backend: str) -> None:
     arguments, options, said = WRONG[number]
@@ -607,7 +580,7 @@ def test_wrong_inputs_are_refused_with_what_is_allowed(number: int, backend: str
         assert part in message
 
 
-@EITHER_BACKEND
+@EVERY_BACKEND
 def test_a_map_smaller_than_the_kernel_says_what_to_do(backend: str) -> None:
     q = torch.randn(1, 5, 9, 2, 8)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 the whole message is compared

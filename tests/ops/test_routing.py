@@ -8,6 +8,7 @@ import pytest
 import torch
 from nearfield.ops import Full, local_attention, routing, routing_attention
 from nearfield.ops.routing import Regions, cut_regions, route
+from ops_helpers import CPU_BACKENDS
 from torch import Tensor
 
 # (height, width, regions, region_size, topk)
@@ -80,7 +81,7 @@ def test_output_and_every_gradient_equal_the_loops(shape: tuple, pad: str) -> No
     want = routing_by_loops(q, k, v, cells, topk, pad, 0.3)
     grad = torch.randn_like(want)
     gradients = torch.autograd.grad(want, (q, k, v), grad)
-    for backend in ("reference", "torch"):
+    for backend in CPU_BACKENDS:
         got = routing_attention(q, k, v, regions, topk, region_size=region_size, pad=pad, scale=0.3, backend=backend)
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
         torch.testing.assert_close(torch.autograd.grad(got, (q, k, v), grad), gradients, rtol=1e-10, atol=1e-11)
@@ -139,7 +140,7 @@ def test_routes_are_the_best_regions_best_first() -> None:
     assert torch.equal(routes, scores.topk(5).indices)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_all_regions_are_dense_attention(backend: str) -> None:
     for height, width, regions, region_size in ((8, 8, 4, None), (7, 10, None, (3, 4)), (5, 3, None, 2)):
         q, k, v = tensors(height, width)
@@ -152,7 +153,7 @@ def test_all_regions_are_dense_attention(backend: str) -> None:
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("pad", ["zero", "clip"])
 def test_packed_gradient_is_the_stack_of_the_separate_ones(pad: str, backend: str) -> None:
     for height, width, regions, region_size, topk in SHAPES:
@@ -213,7 +214,7 @@ def test_low_precision_errs_no_more_than_the_eager_reference_and_rounding(pad: s
 
 def test_routing_stays_in_float32_under_autocast() -> None:
     q, k, v = (t.detach().float() for t in tensors(8, 8, d=16, dv=16))
-    for backend in ("reference", "torch"):
+    for backend in CPU_BACKENDS:
         plain = routing_attention(q, k, v, 4, 2, backend=backend)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(routing_attention(q, k, v, 4, 2, backend=backend), plain)
@@ -229,7 +230,7 @@ def test_results_are_bitwise_repeatable() -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_an_empty_batch_gives_an_empty_output(backend: str) -> None:
     q = torch.randn(0, 4, 4, 2, 8, requires_grad=True)
     out = routing_attention(q, q, q, 2, 1, backend=backend)

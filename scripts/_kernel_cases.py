@@ -1,0 +1,280 @@
+"""Calls that launch every kernel of the shipped table: for each row its usual call, and those that ask most of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from _compiled import Compiled, Launch, recorded
+from nearfield.ops.bias import BiasKind, bias_kind
+from nearfield.ops.patterns import Axis, Halo, HilbertNeighborhood, HilbertWindow, Neighborhood, Pattern, Window, resolve
+from nearfield.ops.routing import cut_regions
+from nearfield.ops.triton import local, routed
+from nearfield.ops.triton.configs import Config
+from torch import Tensor
+
+__all__ = ["BLOCKS", "FAMILIES", "PASSES", "Case", "Row", "case_of", "harder", "launches", "rows", "work"]
+
+BATCH, HEADS, SCALE = 16, 3, 0.125
+BLOCKS = (16, 32, 64, 128)
+PASSES = {
+    "window": ("forward", "backward"),
+    "neighborhood": ("forward", "query", "key", "bias"),
+    "routing": ("forward", "query", "key"),
+}
+FAMILIES = {
+    "window": ("cell16", "cell32", "cell64"),
+    "neighborhood": ("plane", "curve"),
+    "routing": ("region16", "region32", "region64"),
+}
+# Pattern, map side and heads of a call, by family and where its bias comes from; the first of a family is the usual one.
+_STATIC: dict[tuple[str, str], tuple[Pattern, int, int]] = {
+    ("cell16", "table"): (Window(4), 56, HEADS),
+    ("cell16", "none"): (Window(4, 2), 56, HEADS),
+    ("cell16", "positions"): (HilbertWindow(16), 56, HEADS),
+    ("cell32", "table"): (Window(5), 55, HEADS),
+    ("cell32", "none"): (Window(5, 2), 56, HEADS),
+    ("cell32", "positions"): (HilbertWindow(32), 56, HEADS),
+    ("cell64", "table"): (Window(7), 56, HEADS),
+    ("cell64", "none"): (Window(7, 3), 56, HEADS),
+    ("cell64", "positions"): (HilbertWindow(64), 56, HEADS),
+    ("plane", "table"): (Neighborhood(7), 56, HEADS),
+    ("plane", "none"): (Neighborhood(7), 56, HEADS),
+    ("plane", "many"): (Neighborhood(41), 128, HEADS),  # kinds of tiles too many for a mask of each
+    ("plane", "gathered"): (Neighborhood(31), 128, 8),  # and for terms of each
+    ("plane", "zero keys"): (Halo(8, 3), 56, HEADS),
+    ("plane", "decomposed"): (Halo(8, 3), 56, HEADS),
+    ("curve", "table"): (HilbertNeighborhood(49), 56, HEADS),
+    ("curve", "none"): (HilbertNeighborhood(49), 56, HEADS),
+    ("curve", "positions"): (HilbertNeighborhood(49), 56, HEADS),
+}
+# Map side, tokens of a region's side, regions that each lists, whether padding takes part.
+_ROUTED: dict[tuple[str, str], tuple[int, int, int, bool]] = {
+    ("region16", "lists"): (28, 4, 4, False),
+    ("region16", "zero keys"): (27, 4, 4, True),
+    ("region32", "lists"): (35, 5, 4, False),
+    ("region32", "zero keys"): (33, 5, 4, True),
+    ("region64", "lists"): (56, 8, 4, False),
+    ("region64", "zero keys"): (54, 8, 4, True),
+    ("region64", "bits"): (14, 2, 16, False),
+}
+# head_dim and value head_dim that share a block beside its own size.
+_ODD = {16: ((8, 8),), 32: ((24, 24),), 64: ((40, 40), (48, 48), (64, 32), (32, 64)), 128: ((80, 80), (96, 96), (128, 64))}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What configurations are kept for, the architecture left out."""
+
+    op: str
+    precision: str
+    block_d: int
+    family: str
+
+    def key(self, arch: str) -> str:
+        """The row's key in the table."""
+        return f"{self.op} {arch} {self.precision} {self.block_d} {self.family}"
+
+    @property
+    def group(self) -> str:
+        """ "window", "neighborhood" or "routing"."""
+        return self.op.split(".")[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forward and backward pass of one family of tiles.
+
+    Attributes:
+        terms: what the scores have besides q . k: a key of the tables above.
+        tf32: whether float32 products may be rounded.
+    """
+
+    family: str
+    terms: str
+    dtype: torch.dtype
+    d: int
+    dv: int
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        name = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        return f"{self.family} {self.terms} {name} d={self.d}" + (f" dv={self.dv}" if self.dv != self.d else "")
+
+
+def rows() -> list[Row]:
+    """Every row of the table, for any architecture."""
+    return [
+        Row(f"{group}.{name}", precision, block_d, family)
+        for precision in ("half", "float")
+        for group, names in PASSES.items()
+        for family in FAMILIES[group]
+        for block_d in BLOCKS
+        for name in names
+    ]
+
+
+def case_of(row: Row) -> Case:
+    """The usual call that takes this row."""
+    terms = next(terms for family, terms in (*_STATIC, *_ROUTED) if family == row.family)
+    dtype = torch.bfloat16 if row.precision == "half" else torch.float32
+    return Case(row.family, terms, dtype, row.block_d, row.block_d)
+
+
+def harder(row: Row) -> list[Case]:
+    """Other calls that take this row: every kind of bias, odd head dimensions, float32 rounded to TF32."""
+    usual = case_of(row)
+    kinds = [replace(usual, terms=terms) for family, terms in (*_STATIC, *_ROUTED) if family == row.family][1:]
+    odd = [replace(usual, d=d, dv=dv) for d, dv in _ODD[row.block_d]]
+    rounded = [replace(case, tf32=True) for case in (usual, *kinds)] if row.precision == "float" else []
+    return [case for case in (*kinds, *odd, *rounded) if row.op in _ops(case)]
+
+
+def _ops(case: Case) -> tuple[str, ...]:
+    """Operations that a case launches."""
+    group = next(group for group, families in FAMILIES.items() if case.family in families)
+    without = () if _has_table(case) or group != "neighborhood" else ("bias",)
+    return tuple(f"{group}.{name}" for name in PASSES[group] if name not in without)
+
+
+def _has_table(case: Case) -> bool:
+    return case.terms in ("table", "gathered", "zero keys", "positions")
+
+
+@contextmanager
+def _rounding(tf32: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def launches(case: Case, arch: str, chosen: Mapping[str, Config] | None = None) -> dict[str, Launch]:
+    """The launches of a case by operation, without those that move bias tables. `chosen`: see `recorded`."""
+    with _rounding(case.tf32), recorded(arch, chosen) as found:
+        if (case.family, case.terms) in _ROUTED:
+            _call_routed(case)
+        else:
+            _call_static(case)
+    named = {launch.name.removesuffix("_kernel").replace("block_sparse.", "routing."): launch for launch in found}
+    return {op: launch for op, launch in named.items() if not op.startswith("bias.")}
+
+
+def _tensors(case: Case, side: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v as views of one projection where their sizes allow it, and the gradient of the output."""
+    size = (BATCH, side, side)
+    if case.d == case.dv:
+        q, k, v = torch.empty(*size, 3, heads, case.d, dtype=case.dtype).unbind(3)
+    else:
+        q, k, v = (torch.empty(*size, heads, d, dtype=case.dtype) for d in (case.d, case.d, case.dv))
+    return q, k, v, torch.empty(*size, heads, case.dv, dtype=case.dtype)
+
+
+def _call_static(case: Case) -> None:
+    pattern, side, heads = _STATIC[case.family, case.terms]
+    q, k, v, grad = _tensors(case, side, heads)
+    y, x = resolve(pattern, side, side).y, resolve(pattern, side, side).x
+    bias, rel_x = None, None
+    if case.terms == "decomposed":
+        bias, rel_x = (torch.empty(2 * axis.rel_reach + 1, case.d) for axis in (y, x))
+    elif case.terms == "positions":
+        bias = torch.empty(heads, 2 * side - 1, 2 * side - 1)
+    elif _has_table(case):
+        bias = torch.empty(heads, 2 * y.reach + 1, *(() if pattern.curve else (2 * x.reach + 1,)))
+    assert (case.terms == "positions") == (
+        bias_kind(bias, rel_x, resolve(pattern, side, side), heads, case.d) is BiasKind.POSITIONS
+    )
+    out, lse = local.forward(q, k, v, bias, rel_x, pattern, SCALE)
+    gradients = [torch.empty_like(t) for t in (q, k, v)]
+    local.backward(grad, q, k, v, bias, rel_x, out, lse, *gradients, pattern, SCALE, bias is not None)
+
+
+def _call_routed(case: Case) -> None:
+    side, size, topk, zero_pad = _ROUTED[case.family, case.terms]
+    q, k, v, grad = _tensors(case, side, HEADS)
+    regions = cut_regions(side, side, None, size)
+    routes = torch.zeros(BATCH, regions.count, topk, dtype=torch.int64)
+    out, lse = routed.forward(q, k, v, routes, regions, zero_pad, SCALE)
+    gradients = [torch.empty_like(t) for t in (q, k, v)]
+    routed.backward(grad, q, k, v, routes, out, lse, *gradients, regions, zero_pad, SCALE)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How often the parts of a launch run, and what comes of it.
+
+    Attributes:
+        inner, outer: rounds of the loop that holds the products, and of the loop around it (0 where there is none).
+        programs: of the launch. scores: computed in one round. useful: scores of the pattern, of the whole launch.
+    """
+
+    inner: int
+    outer: int
+    programs: int
+    scores: int
+    useful: int
+
+    def per_score(self, compiled: Compiled) -> float:
+        """Instructions of a thread in one round of the inner loop, for each score computed there."""
+        assert compiled.code is not None
+        return compiled.code.nest[0] * 32 * compiled.warps / self.scores
+
+    def per_useful_score(self, compiled: Compiled) -> float:
+        """Instructions of threads in the whole launch for each score of the pattern: with tiles' waste, with all else."""
+        assert compiled.code is not None
+        inner, outer, total = compiled.code.nest
+        rounds = self.inner * inner + self.outer * (outer - inner) + self.programs * (total - max(inner, outer))
+        return rounds * 32 * compiled.warps / self.useful
+
+
+def work(case: Case, launch: Launch) -> Work:
+    """Rounds of the loops of a launch of this case."""
+    a = launch.arguments
+    programs = launch.grid[0]
+    block_m, block_n = a["BLOCK_M"], a.get("BLOCK_N", a["BLOCK_M"])
+    useful = _useful(case)
+    if launch.name.startswith("block_sparse"):
+        streamed = a["HEIGHT"] * a["WIDTH"] if a["DENSE"] else a["TOPK"] * a["SIZE_Y"] * a["SIZE_X"]
+        return Work(programs * -(-streamed // block_n), 0, programs, block_m * block_n, useful)
+    if "runs" in a:
+        blocks = a["SLOTS"] // block_n if "SLOTS" in a else 1
+        items = int(a["runs"][:, 4].sum()) * a["HEADS"] * blocks
+        return Work(items, 0, programs, block_m * block_n, useful)
+    streamed = a["tiles"][:, 3]
+    images = BATCH * a["HEADS"]
+    rounds = int((-(-streamed // block_n)).sum()) * images
+    return Work(rounds, len(streamed) * images, programs, block_m * block_n, useful)
+
+
+def _useful(case: Case) -> int:
+    if (case.family, case.terms) in _ROUTED:
+        side, size, topk, _ = _ROUTED[case.family, case.terms]
+        return BATCH * HEADS * side * side * topk * size * size
+    pattern, side, heads = _STATIC[case.family, case.terms]
+    resolved = resolve(pattern, side, side)
+
+    def pairs(axis: Axis) -> int:
+        return int((-(-(axis.stop - axis.start) // axis.step)).sum())
+
+    return BATCH * heads * pairs(resolved.y) * pairs(resolved.x)
+
+
+def described(case: Case, launch: Launch, compiled: Compiled) -> dict[str, Any]:
+    """Figures of one compiled launch."""
+    rounds = work(case, launch)
+    return {
+        "registers": compiled.registers,
+        "spill_bytes": compiled.spill_bytes,
+        "shared_bytes": compiled.shared_bytes,
+        "programs_per_sm": compiled.programs() if compiled.registers is not None else None,
+        "warps": compiled.warps,
+        "matrix_instructions": compiled.matrix_instructions,
+        "async_copies": compiled.async_copies,
+        "per_score": round(rounds.per_score(compiled), 1) if compiled.code else None,
+        "per_useful_score": round(rounds.per_useful_score(compiled), 1) if compiled.code else None,
+    }

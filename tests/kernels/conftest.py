@@ -1,0 +1,67 @@
+"""Fixtures of the kernel tests. Most tests are written once and run twice: interpreted on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for folder in (Path(__file__).parent, Path(__file__).parents[1] / "ops"):
+    sys.path.insert(0, str(folder))
+pytest.register_assert_rewrite("kernel_helpers", "ops_helpers")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # the interpreter is one thread of Python
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreted"),
+        pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test's kernels run."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def change(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any], None]]:
+    """Replaces what launches are chosen by, and forgets the schedules that were made with the old and the new."""
+    from nearfield.ops.cache import SCHEDULES
+
+    SCHEDULES.clear()
+    yield monkeypatch.setattr
+    SCHEDULES.clear()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Name and constants of every kernel that a test launches, in order."""
+    from nearfield.ops.triton import bias, block_sparse, neighborhood, window
+
+    made: list[tuple[str, dict[str, Any]]] = []
+
+    class Spy:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., Any]:
+            def launch(*args: Any, **kwargs: Any) -> Any:
+                made.append((self.name, kwargs))
+                return self.kernel[grid](*args, **kwargs)
+
+            return launch
+
+    for module in (window, neighborhood, block_sparse, bias):
+        for name in module.__all__:
+            spy = Spy(f"{module.__name__.rpartition('.')[2]}.{name.removesuffix('_kernel')}", getattr(module, name))
+            monkeypatch.setattr(module, name, spy)
+    return made
