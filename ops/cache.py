@@ -65,5 +65,5 @@ class TensorCache:
         return self._bytes
 
 
-SCHEDULES = TensorCache(64 << 20)
-"""Index and mask tensors of the stock-PyTorch backend, per pattern, tile and device."""
+SCHEDULES = TensorCache(256 << 20)
+"""Index and mask tensors of the stock-PyTorch backend and schedules of the kernels, per pattern, map and device."""

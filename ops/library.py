@@ -16,6 +16,7 @@ from . import routing, torch_tiles
 from .patterns import parse_pattern, resolve
 from .routing import cut_regions
 from .tile_math import own_precision
+from .triton.launch import on_device
 
 __all__ = ["unpack"]
 
@@ -48,7 +49,8 @@ def _forward(
     if backend == "triton":
         from .triton import local
 
-        return local.forward(*unpack(q, k, v), bias, rel_x, known, scale, need_lse)
+        with on_device(q.device):
+            return local.forward(*unpack(q, k, v), bias, rel_x, known, scale, need_lse)
     with own_precision(q.device):
         return torch_tiles.forward(*unpack(q, k, v), bias, rel_x, known, scale, dropout_p, seed, need_lse)
 
@@ -64,7 +66,8 @@ def _backward(
     if backend == "triton":
         from .triton import local
 
-        dbias, drel_x = local.backward(*tensors, known, scale, bias_needs_grad)
+        with on_device(q.device):
+            dbias, drel_x = local.backward(*tensors, known, scale, bias_needs_grad)
     else:
         with own_precision(q.device):
             dbias, drel_x = torch_tiles.backward(*tensors, known, scale, dropout_p, seed, bias_needs_grad)
@@ -167,7 +170,8 @@ def _routing_forward(
     if backend == "triton":
         from .triton import routed
 
-        return routed.forward(*parts, routes, regions, zero_pad, scale)
+        with on_device(q.device):
+            return routed.forward(*parts, routes, regions, zero_pad, scale)
     with own_precision(q.device):
         return routing.forward(*parts, routes, regions, zero_pad, scale, dropout_p, seed)
 
@@ -182,7 +186,8 @@ def _routing_backward(
         from .triton import routed
 
         made = _empty_gradients(q, k, v)
-        routed.backward(grad, *parts, routes, out, lse, *unpack(*made), regions, zero_pad, scale)
+        with on_device(q.device):
+            routed.backward(grad, *parts, routes, out, lse, *unpack(*made), regions, zero_pad, scale)
         filled = [q.new_empty(0) if g is None else g for g in made]
         return filled[0], filled[1], filled[2]
     with own_precision(q.device):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
     "constants",
     "interpreting",
     "layout",
+    "on_device",
     "power_of_two",
     "precision",
     "readable",
@@ -41,6 +43,13 @@ _captured: list[Any] = []
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1, set before its import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: makes that the tensors' own."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return torch.cuda.device(device)
+    return nullcontext()
 
 
 def refusal(q: Tensor, v: Tensor) -> str | None:
@@ -106,7 +115,7 @@ def units(strides: dict[str, Strides]) -> int:
 
 def constants(strides: dict[str, Strides]) -> dict[str, int]:
     """TOKEN and HEAD strides of each tensor, as kernels name them."""
-    made = {}
+    made: dict[str, int] = {}
     for name, s in strides.items():
         made |= {f"{name}_TOKEN": s.token, f"{name}_HEAD": s.head}
     return made

@@ -34,7 +34,7 @@ from PIL import Image
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ORDERS = ("raster", "hilbert", "morton", "tiles", "halo")
-HEIGHT, WIDTH = 11, 14
+HEIGHT, WIDTH = 9, 11
 PATTERNS = [
     Neighborhood(5),
     Neighborhood((3, 4), dilation=(3, 2)),
