@@ -235,7 +235,7 @@ def test_windows_of_up_to_64_tokens_are_cells(size: int, shift: int) -> None:
 def test_which_patterns_are_in_cells() -> None:
     inside = [Window((4, 16)), Window((2, 30), 1), Grid(8), Grid((3, 5)), HilbertWindow(64, 32), HilbertWindow(49)]
     inside += [Axes(Window(7), Grid(4))]
-    outside = [Window(9), Window((5, 13)), Grid(9), HilbertWindow(65), Neighborhood(3), Slide(3), Halo(4, 1), Full()]
+    outside = [Window(9), Window((5, 13)), Grid(10), HilbertWindow(65), Neighborhood(3), Slide(3), Halo(4, 1), Full()]
     outside += [Halo(4, 1, stride=2), HilbertNeighborhood(9), Axes(Full(), Window(3))]
     assert all(in_cells(p, 40, 40) for p in inside)
     assert not any(in_cells(p, 40, 40) for p in outside)
