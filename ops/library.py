@@ -257,8 +257,7 @@ def _score_flops(q_shape: Any, v_shape: Any, pairs: int, *, backward: bool = Fal
 def _pattern_pairs(pattern: str, q_shape: Any, k_shape: Any) -> int:
     height, width = (q_shape if k_shape is None else k_shape)[1:3]
     resolved = resolve(parse_pattern(pattern), height, width)
-    y, x = (int((-((a.start - a.stop) // a.step)).sum()) for a in (resolved.y, resolved.x))
-    return y * x
+    return int(resolved.y.counts.sum()) * int(resolved.x.counts.sum())
 
 
 @register_flop_formula(torch.ops.nearfield.local_attention)

@@ -64,6 +64,11 @@ class Axis:
         """Number of query coordinates."""
         return len(self.start)
 
+    @property
+    def counts(self) -> np.ndarray:
+        """(queries,) int64: how many keys each query coordinate sees, zero-padded keys included."""
+        return -((self.start - self.stop) // self.step)
+
 
 def _axis(
     start: np.ndarray,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from _blocks import Block, BlockMap, Layout, tile_of, tokens_of
-from _floors import axis_pairs
 from nearfield.ops.curves import CURVES, curve_order, inverse_order
 from nearfield.ops.patterns import Axis, Full, Pattern, Resolved, resolve
 
@@ -46,7 +45,7 @@ def _intervals(axis: Axis) -> _Intervals:
     coordinate = np.arange(first, max(axis.keys, int(axis.stop.max())))
     order = np.argsort(coordinate % axis.step, kind="stable")
     low = inverse_order(order)[axis.start - first]
-    high = low + axis_pairs(axis)
+    high = low + axis.counts
     return _Intervals(low, high, coordinate[order], axis.keys, axis.step, axis.start % axis.step)
 
 
@@ -192,7 +191,7 @@ def _on_map(resolved: Resolved, values: np.ndarray) -> np.ndarray:
 
 
 def _useful(resolved: Resolved) -> int:
-    return int(axis_pairs(resolved.y).sum()) * int(axis_pairs(resolved.x).sum())
+    return int(resolved.y.counts.sum()) * int(resolved.x.counts.sum())
 
 
 def _halo(resolved: Resolved, layout: Layout) -> BlockMap:

@@ -12,7 +12,7 @@ import numpy as np
 from nearfield.ops.patterns import Axis, Pattern, resolve
 
 __all__ = [
-    "DEVICES", "DTYPE_BYTES", "Call", "Device", "Floor", "Work", "axis_pairs", "backward_floor", "backward_work",
+    "DEVICES", "DTYPE_BYTES", "Call", "Device", "Floor", "Work", "backward_floor", "backward_work",
     "forward_floor", "forward_work",
 ]  # fmt: skip
 
@@ -126,8 +126,8 @@ class Call:
         """
         resolved = resolve(pattern, height, width)
         y, x = resolved.y, resolved.x
-        pairs = int(axis_pairs(y).sum()) * int(axis_pairs(x).sum())
-        cells = _in_cells(y) and _in_cells(x) and int(axis_pairs(y).max() * axis_pairs(x).max()) <= ONE_PASS_KEYS
+        pairs = int(y.counts.sum()) * int(x.counts.sum())
+        cells = _in_cells(y) and _in_cells(x) and int(y.counts.max() * x.counts.max()) <= ONE_PASS_KEYS
         return cls(batch, heads, head_dim, y.queries * x.queries, height * width, pairs, cells, dtype)
 
     @property
@@ -151,14 +151,9 @@ class Call:
         return self.batch * self.heads * self.pairs
 
 
-def axis_pairs(axis: Axis) -> np.ndarray:
-    """(queries,) int64: how many keys each query coordinate sees on this axis, zero-padded keys included."""
-    return -((axis.start - axis.stop) // axis.step)
-
-
 def _in_cells(axis: Axis) -> bool:
     """Whether any two queries of this axis see the same keys or none in common, and no key is padding."""
-    first, past = axis.start, axis.start + axis_pairs(axis) * axis.step
+    first, past = axis.start, axis.start + axis.counts * axis.step
     if first.min() < 0 or axis.stop.max() > axis.keys:
         return False
     cells = np.unique(np.stack([first % axis.step, first, past], axis=1), axis=0)

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from _compiled import Compiled, Launch, recorded
 from nearfield.ops.bias import BiasKind, bias_kind
-from nearfield.ops.patterns import Axis, Halo, HilbertNeighborhood, HilbertWindow, Neighborhood, Pattern, Window, resolve
+from nearfield.ops.patterns import (
+    Axis,
+    Halo,
+    HilbertNeighborhood,
+    HilbertWindow,
+    Neighborhood,
+    Pattern,
+    Window,
+    resolve,
+)
 from nearfield.ops.routing import cut_regions
 from nearfield.ops.triton import local, routed
 from nearfield.ops.triton.configs import Config
@@ -62,7 +71,12 @@ _ROUTED: dict[tuple[str, str], tuple[int, int, int, bool]] = {
     ("region64", "bits"): (14, 2, 16, False),
 }
 # head_dim and value head_dim that share a block beside its own size.
-_ODD = {16: ((8, 8),), 32: ((24, 24),), 64: ((40, 40), (48, 48), (64, 32), (32, 64)), 128: ((80, 80), (96, 96), (128, 64))}
+_ODD = {
+    16: ((8, 8),),
+    32: ((24, 24),),
+    64: ((40, 40), (48, 48), (64, 32), (32, 64)),
+    128: ((80, 80), (96, 96), (128, 64)),
+}
 
 
 @dataclass(frozen=True)
