@@ -82,17 +82,19 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def _backend(asked: str | None, q: Tensor, v: Tensor, dropout_p: float) -> str:
     """The backend of a call: the one that is named, else Triton for CUDA tensors that it takes, else stock PyTorch."""
-    named = next((n for n in (asked, _chosen, os.environ.get("NEARFIELD_BACKEND")) if n), None)
+    names = (asked, _chosen, os.environ.get("NEARFIELD_BACKEND") or None)
+    named = next((name for name in names if name is not None), None)
     if named is None:
         fused = q.device.type == "cuda" and _HAS_TRITON and refusal(q, v) is None
-        return "triton" if fused and dropout_p == 0.0 else "torch"
-    if _check_backend(named) == "triton":
+        named = "triton" if fused else "torch"
+    elif _check_backend(named) == "triton":
         reason = refusal(q, v) if _HAS_TRITON else "backend 'triton' needs the package triton, which is not installed"
         if reason is not None:
             raise ValueError(reason)
-        if dropout_p > 0.0:
+    if named == "triton" and dropout_p > 0.0:
+        if not torch.compiler.is_compiling():
             warnings.warn("attention dropout runs on the 'torch' backend: Triton's kernels have none", stacklevel=3)
-            return "torch"
+        return "torch"
     return named
 
 

@@ -25,7 +25,7 @@ from nearfield.ops.triton import local, routed
 from nearfield.ops.triton.configs import Config
 from torch import Tensor
 
-__all__ = ["BLOCKS", "FAMILIES", "PASSES", "Case", "Row", "case_of", "harder", "launches", "rows", "work"]
+__all__ = ["BLOCKS", "FAMILIES", "PASSES", "Case", "Row", "Work", "calls", "launches", "rows", "work"]
 
 BATCH, HEADS, SCALE = 16, 3, 0.125
 BLOCKS = (16, 32, 64, 128)
@@ -131,27 +131,14 @@ def rows() -> list[Row]:
     ]
 
 
-def case_of(row: Row) -> Case:
-    """The usual call that takes this row."""
-    terms = next(terms for family, terms in (*_STATIC, *_ROUTED) if family == row.family)
+def calls(row: Row) -> list[Case]:
+    """Calls that may take this row, the usual one first: every kind of bias, odd head dimensions, rounded to TF32."""
     dtype = torch.bfloat16 if row.precision == "half" else torch.float32
-    return Case(row.family, terms, dtype, row.block_d, row.block_d)
-
-
-def harder(row: Row) -> list[Case]:
-    """Other calls that take this row: every kind of bias, odd head dimensions, float32 rounded to TF32."""
-    usual = case_of(row)
-    kinds = [replace(usual, terms=terms) for family, terms in (*_STATIC, *_ROUTED) if family == row.family][1:]
-    odd = [replace(usual, d=d, dv=dv) for d, dv in _ODD[row.block_d]]
-    rounded = [replace(case, tf32=True) for case in (usual, *kinds)] if row.precision == "float" else []
-    return [case for case in (*kinds, *odd, *rounded) if row.op in _ops(case)]
-
-
-def _ops(case: Case) -> tuple[str, ...]:
-    """Operations that a case launches."""
-    group = next(group for group, families in FAMILIES.items() if case.family in families)
-    without = () if _has_table(case) or group != "neighborhood" else ("bias",)
-    return tuple(f"{group}.{name}" for name in PASSES[group] if name not in without)
+    kinds = [terms for family, terms in (*_STATIC, *_ROUTED) if family == row.family]
+    found = [Case(row.family, terms, dtype, row.block_d, row.block_d) for terms in kinds]
+    found += [replace(found[0], d=d, dv=dv) for d, dv in _ODD[row.block_d]]
+    rounded = [replace(case, tf32=True) for case in found[: len(kinds)]] if row.precision == "float" else []
+    return [*found, *rounded]
 
 
 def _has_table(case: Case) -> bool:
@@ -224,7 +211,9 @@ class Work:
 
     Attributes:
         inner, outer: rounds of the loop that holds the products, and of the loop around it (0 where there is none).
-        programs: of the launch. scores: computed in one round. useful: scores of the pattern, of the whole launch.
+        programs: of the launch.
+        scores: computed in one round of the inner loop. useful: scores of the pattern, of the whole launch.
+        moved: bytes read and written in all rounds, as often as they are, beyond what registers and shared memory keep.
     """
 
     inner: int
@@ -232,6 +221,7 @@ class Work:
     programs: int
     scores: int
     useful: int
+    moved: int
 
     def per_score(self, compiled: Compiled) -> float:
         """Instructions of a thread in one round of the inner loop, for each score computed there."""
@@ -239,7 +229,7 @@ class Work:
         return compiled.code.nest[0] * 32 * compiled.warps / self.scores
 
     def per_useful_score(self, compiled: Compiled) -> float:
-        """Instructions of threads in the whole launch for each score of the pattern: with tiles' waste, with all else."""
+        """Instructions of threads in the whole launch for each score of the pattern: tiles' waste and all else in it."""
         assert compiled.code is not None
         inner, outer, total = compiled.code.nest
         rounds = self.inner * inner + self.outer * (outer - inner) + self.programs * (total - max(inner, outer))
@@ -249,20 +239,26 @@ class Work:
 def work(case: Case, launch: Launch) -> Work:
     """Rounds of the loops of a launch of this case."""
     a = launch.arguments
-    programs = launch.grid[0]
+    programs, useful = launch.grid[0], _useful(case)
     block_m, block_n = a["BLOCK_M"], a.get("BLOCK_N", a["BLOCK_M"])
-    useful = _useful(case)
+    pair = (case.d + case.dv) * case.dtype.itemsize  # two vectors of one token
+    passes = {"forward": 1, "backward": 3.5}.get(launch.name.split(".")[1].removesuffix("_kernel"), 2)
+    resident, streamed = int(passes * block_m * pair), block_n * pair
+    terms = 4 * block_m * block_n if a.get("BIAS") in ("atlas", "mask") else 0
     if launch.name.startswith("block_sparse"):
-        streamed = a["HEIGHT"] * a["WIDTH"] if a["DENSE"] else a["TOPK"] * a["SIZE_Y"] * a["SIZE_X"]
-        return Work(programs * -(-streamed // block_n), 0, programs, block_m * block_n, useful)
+        tokens = a["HEIGHT"] * a["WIDTH"] if a["DENSE"] else a["TOPK"] * a["SIZE_Y"] * a["SIZE_X"]
+        rounds = programs * -(-tokens // block_n)
+        return Work(rounds, 0, programs, block_m * block_n, useful, rounds * streamed + programs * resident)
     if "runs" in a:
-        blocks = a["SLOTS"] // block_n if "SLOTS" in a else 1
-        items = int(a["runs"][:, 4].sum()) * a["HEADS"] * blocks
-        return Work(items, 0, programs, block_m * block_n, useful)
-    streamed = a["tiles"][:, 3]
-    images = BATCH * a["HEADS"]
-    rounds = int((-(-streamed // block_n)).sum()) * images
-    return Work(rounds, len(streamed) * images, programs, block_m * block_n, useful)
+        items = int(a["runs"][:, 4].sum()) * a["HEADS"]
+        if "SLOTS" not in a:
+            return Work(items, 0, programs, block_m * block_n, useful, items * (resident + streamed))
+        items *= a["SLOTS"] // block_n
+        return Work(items, 0, programs, block_m * block_n, useful, items * (block_m * pair + streamed + terms))
+    counts, images = a["tiles"][:, 3], BATCH * a["HEADS"]
+    rounds, tiles = int((-(-counts // block_n)).sum()) * images, len(counts) * images
+    moved = rounds * (streamed + terms) + tiles * resident
+    return Work(rounds, tiles, programs, block_m * block_n, useful, moved)
 
 
 def _useful(case: Case) -> int:
@@ -276,19 +272,3 @@ def _useful(case: Case) -> int:
         return int((-(-(axis.stop - axis.start) // axis.step)).sum())
 
     return BATCH * heads * pairs(resolved.y) * pairs(resolved.x)
-
-
-def described(case: Case, launch: Launch, compiled: Compiled) -> dict[str, Any]:
-    """Figures of one compiled launch."""
-    rounds = work(case, launch)
-    return {
-        "registers": compiled.registers,
-        "spill_bytes": compiled.spill_bytes,
-        "shared_bytes": compiled.shared_bytes,
-        "programs_per_sm": compiled.programs() if compiled.registers is not None else None,
-        "warps": compiled.warps,
-        "matrix_instructions": compiled.matrix_instructions,
-        "async_copies": compiled.async_copies,
-        "per_score": round(rounds.per_score(compiled), 1) if compiled.code else None,
-        "per_useful_score": round(rounds.per_useful_score(compiled), 1) if compiled.code else None,
-    }
