@@ -45,8 +45,8 @@ def numbered(values: list[tuple]) -> list[tuple]:
 def test_output_and_every_gradient_of_every_pattern(
     device: torch.device, number: int, pattern: Pattern, height: int, width: int, kind: str
 ) -> None:
-    batch, heads = ((1, 2), (3, 1), (2, 2))[number % 3]
-    packed = number % 2 == 0 and query_stride(pattern) == (1, 1)
+    batch, heads = ((1, 2), (2, 1))[number % 2]
+    packed = number % 3 == 0 and query_stride(pattern) == (1, 1)
     dtype = torch.float32 if device.type == "cpu" else DTYPES[number % 3]
     case = make_case(pattern, height, width, kind, batch=batch, heads=heads, packed=packed, dtype=dtype)
     assert_matches(case.to(device))
@@ -55,8 +55,10 @@ def test_output_and_every_gradient_of_every_pattern(
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 WINDOWS: list[tuple[Pattern, int, int, str]] = [
-    *((Window(size), 2 * size - 1, size + 1, kind)
-      for size, kind in zip(range(2, 17), ("table", "none", "table") * 5, strict=True)),
+    *((Window(size), size + 3, 2 * size - 1, kind)
+      for size, kind in zip(range(2, 9), ("table", "none", "table", "none", "table", "table", "none"), strict=True)),
+    *((Window(size), size + 2, size // 2 + 1, "table") for size in (9, 11, 14)),
+    *((Window(size), size // 3 + 1, size + 1, "none") for size in (10, 12, 16)),
     (Window(7, 3), 14, 17, "table"),  # shifted, with cut cells at every border
     (Window(8, 4), 16, 16, "table"),  # 64 tokens: every slot has one
     (Window((4, 16), (1, -5)), 9, 20, "none"),
@@ -92,14 +94,14 @@ def test_a_program_takes_many_windows_of_many_images(
 ) -> None:
     case = make_case(Window(2), 6, 10, kind, batch=5, heads=1, packed=True, dtype=torch.float32)
     assert_matches(case.to(device))  # 75 windows
-    assert ("window.backward",) == tuple({name for name, _ in launched if name.endswith("backward")})
+    assert {name for name, _ in launched if name.endswith("backward")} == {"window.backward"}
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (1, 70)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (1, 37)], ids=str)
 def test_maps_of_one_row_or_one_token(device: torch.device, size: tuple[int, int]) -> None:
     for i, pattern in enumerate((Window(4, 1), Grid(3), Neighborhood(1), Halo(4, 2), Slide(3), HilbertWindow(4, 1))):
         kind = kinds_of(pattern)[(i + size[1]) % 3]
-        assert_matches(make_case(pattern, *size, kind, batch=2, heads=1, dtype=torch.float32).to(device))
+        assert_matches(make_case(pattern, *size, kind, heads=1, dtype=torch.float32).to(device))
 
 
 # --- tiles with a halo ------------------------------------------------------------------------------------------------
