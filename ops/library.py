@@ -6,6 +6,7 @@ values. `k` and `v` are None where `q` is the packed projection; its gradient th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,39 @@ from .triton.launch import on_device
 
 __all__ = ["unpack"]
 
+_LIBRARY = torch.library.Library("nearfield", "DEF")
+
+
+def _give_gradient(name: str, tensors: int, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Gradient of an op whose first `tensors` inputs are tensors, under the dispatcher's Autograd key.
+
+    `torch.library.register_autograd` does the same through a walk over all arguments, for half as much again a call.
+    """
+    op = getattr(torch.ops.nearfield, name).default
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return backward(ctx, *gradients)
+
+    def call(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:tensors]):
+            return Differentiable.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    _LIBRARY.impl(name, call, "Autograd")
+
+
 # --- local attention -----------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("nearfield", "DEF")
 _LIBRARY.define(
     "local_attention(Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? rel_x, Tensor? seed, str pattern, "
     "float scale, float dropout_p, bool need_lse, str backend) -> (Tensor, Tensor)"
@@ -145,7 +176,7 @@ _LIBRARY.impl("local_attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("local_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("nearfield::local_attention", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("nearfield::local_attention_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("nearfield::local_attention", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+_give_gradient("local_attention", 5, _setup_context, _autograd)
 torch.library.register_autograd("nearfield::local_attention_backward", _no_second_derivative, lib=_LIBRARY)
 
 # --- routing --------------------------------------------------------------------------------------------------------
@@ -236,9 +267,7 @@ _LIBRARY.impl("routing_attention", _routing_forward, "CompositeExplicitAutograd"
 _LIBRARY.impl("routing_attention_backward", _routing_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("nearfield::routing_attention", _fake_routing_forward, lib=_LIBRARY)
 torch.library.register_fake("nearfield::routing_attention_backward", _fake_routing_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "nearfield::routing_attention", _routing_autograd, setup_context=_setup_routing, lib=_LIBRARY
-)
+_give_gradient("routing_attention", 3, _setup_routing, _routing_autograd)
 torch.library.register_autograd("nearfield::routing_attention_backward", _no_second_derivative, lib=_LIBRARY)
 
 # --- FLOPs: two a multiply-add, useful scores only --------------------------------------------------------------------

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["Config", "architecture", "cache_file", "choose", "precision_name"]
+from ..cache import SCHEDULES
+from .schedule import SLOT_UNIT
+
+__all__ = ["SHIPPED", "Config", "architecture", "cache_file", "choose", "override", "precision_name", "read_table"]
+
+SHIPPED = Path(__file__).parent / "configs.json"
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,59 @@ def precision_name(dtype: torch.dtype) -> str:
     return "float" if dtype == torch.float32 else "half"
 
 
+def read_table(file: Path) -> dict[str, Config]:
+    """Rows of a table: {"configs": {"OP ARCH PRECISION BLOCK_D FAMILY": [the fields of a Config]}}.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["configs"].items()
+        if wrong := next((key for key, row in rows if not _usable(key, row)), None):
+            raise ValueError(f"no kernel takes the row {wrong!r}")
+        return {key: Config(*row) for key, row in rows}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no table of launch configurations ({type(error).__name__}: {error}): "
+            "delete it, and write it anew by python scripts/tune.py"
+        ) from error
+
+
+def _usable(key: str, row: list[int]) -> bool:
+    """Whether a row has its five fields, and blocks that kernels take: others would read beyond their slots."""
+    if len(key.split()) != 5 or len(row) != 5 or not all(type(n) is int and n > 0 for n in row):
+        return False
+    if any(n & (n - 1) for n in row[:3]):
+        return False
+    return not key.startswith("neighborhood.") or SLOT_UNIT % row[1] == 0
+
+
 @lru_cache(maxsize=2)
 def _table(tuned: Path | None) -> dict[str, Config]:
-    shipped = json.loads((Path(__file__).parent / "configs.json").read_text(encoding="utf-8"))
-    rows = dict(shipped["configs"])
-    if tuned is not None:
-        rows |= json.loads(tuned.read_text(encoding="utf-8"))["configs"]
-    return {key: Config(*values) for key, values in rows.items()}
+    return read_table(SHIPPED) | (read_table(tuned) if tuned is not None else {})
+
+
+_overlay: dict[str, Config] = {}
+
+
+@contextmanager
+def override(rows: Mapping[str, Config]) -> Iterator[None]:
+    """Inside the block these rows go before those of both tables, in all threads; for measurements."""
+    before = dict(_overlay)
+    _overlay.update(rows)
+    _forget()
+    try:
+        yield
+    finally:
+        _overlay.clear()
+        _overlay.update(before)
+        _forget()
+
+
+def _forget() -> None:
+    choose.cache_clear()
+    _table.cache_clear()
+    SCHEDULES.clear()  # what calls were made ready for is kept there
 
 
 @lru_cache(maxsize=1024)
@@ -72,10 +125,13 @@ def choose(op: str, arch: str, precision: str, block_d: int, family: str) -> Con
 
     Args:
         op: "window.forward", "neighborhood.query" and so on. block_d: head_dim rounded up to a power of two.
-        family: what kind of tiles: "plane", "curve", "region", or "cell" with its slots, as in "cell64".
+        family: what kind of tiles: "plane", "curve", or "cell" or "region" with its slots, as in "cell64".
+
+    Raises:
+        ValueError: there is no such row, or the tuned table is damaged.
     """
     tuned = cache_file()
-    table = _table(tuned if tuned.is_file() else None)
+    table = _table(tuned if tuned.is_file() else None) | _overlay
     for place in (arch, "*"):
         found = table.get(f"{op} {place} {precision} {block_d} {family}")
         if found is not None:
