@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from _compiled import Compiled, Launch, recorded
@@ -155,15 +154,17 @@ def _rounding(tf32: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def launches(case: Case, arch: str, chosen: Mapping[str, Config] | None = None) -> dict[str, Launch]:
+def launches(case: Case, arch: str, chosen: Mapping[str, Config] | None = None) -> dict[str, list[Launch]]:
     """The launches of a case by operation, without those that move bias tables. `chosen`: see `recorded`."""
     with _rounding(case.tf32), recorded(arch, chosen) as found:
         if (case.family, case.terms) in _ROUTED:
             _call_routed(case)
         else:
             _call_static(case)
-    named = {launch.name.removesuffix("_kernel").replace("block_sparse.", "routing."): launch for launch in found}
-    return {op: launch for op, launch in named.items() if not op.startswith("bias.")}
+    named: dict[str, list[Launch]] = {}
+    for launch in found:
+        named.setdefault(launch.name.removesuffix("_kernel").replace("block_sparse.", "routing."), []).append(launch)
+    return {op: made for op, made in named.items() if not op.startswith("bias.")}
 
 
 def _tensors(case: Case, side: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -236,21 +237,21 @@ class Work:
         return rounds * 32 * compiled.warps / self.useful
 
 
-def work(case: Case, launch: Launch) -> Work:
-    """Rounds of the loops of a launch of this case."""
-    a = launch.arguments
-    programs, useful = launch.grid[0], _useful(case)
+def work(case: Case, made: Sequence[Launch]) -> Work:
+    """Rounds of the loops of one kernel's launches in this case."""
+    a = made[0].arguments
+    useful, programs = _useful(case), sum(launch.grid[0] for launch in made)
     block_m, block_n = a["BLOCK_M"], a.get("BLOCK_N", a["BLOCK_M"])
     pair = (case.d + case.dv) * case.dtype.itemsize  # two vectors of one token
-    passes = {"forward": 1, "backward": 3.5}.get(launch.name.split(".")[1].removesuffix("_kernel"), 2)
+    passes = {"forward": 1, "backward": 3.5}.get(made[0].name.split(".")[1].removesuffix("_kernel"), 2)
     resident, streamed = int(passes * block_m * pair), block_n * pair
     terms = 4 * block_m * block_n if a.get("BIAS") in ("atlas", "mask") else 0
-    if launch.name.startswith("block_sparse"):
+    if made[0].name.startswith("block_sparse"):
         tokens = a["HEIGHT"] * a["WIDTH"] if a["DENSE"] else a["TOPK"] * a["SIZE_Y"] * a["SIZE_X"]
         rounds = programs * -(-tokens // block_n)
         return Work(rounds, 0, programs, block_m * block_n, useful, rounds * streamed + programs * resident)
     if "runs" in a:
-        items = int(a["runs"][:, 4].sum()) * a["HEADS"]
+        items = sum(int(launch.arguments["runs"][:, 4].sum()) for launch in made) * a["HEADS"]
         if "SLOTS" not in a:
             return Work(items, 0, programs, block_m * block_n, useful, items * (resident + streamed))
         items *= a["SLOTS"] // block_n

@@ -177,9 +177,11 @@ def _on_grid(site: Site, config: Config) -> bool:
     if 2 * max(resolved.y.reach, resolved.x.reach) + 1 > MOST_TABLE:
         return False
     (_, tx), cost = choose_tile(resolved, config.block_m, False, grid=True)
-    across = max(len(t.streamed) for t in axis_tiles(resolved.x, tx, inverse=False))
-    fits = power_of_two(across, 1) <= config.block_n and tx <= config.block_m
-    return fits and cost[0] <= GRID_COST * choose_tile(resolved, config.block_m, False)[1][0]
+    columns = power_of_two(max(len(t.streamed) for t in axis_tiles(resolved.x, tx, inverse=False)), 1)
+    across = power_of_two(tx, 1)
+    # Both products by displacement contract pairs: a matrix unit wants at least 16 of them.
+    pairs = (across * columns, config.block_m // across * (config.block_n // columns))
+    return min(pairs) >= 16 and cost[0] <= GRID_COST * choose_tile(resolved, config.block_m, False)[1][0]
 
 
 def _tile_constants(site: Site, config: Config, plan: Schedule, how: str) -> dict[str, Any]:
