@@ -21,7 +21,6 @@ from unittest import mock
 import torch
 import triton
 from _sass import MachineCode, disassembled
-from nearfield.ops.cache import SCHEDULES
 from nearfield.ops.triton import configs
 from nearfield.ops.triton.configs import Config
 from triton.backends.compiler import GPUTarget
@@ -86,7 +85,7 @@ class Launch:
 def recorded(arch: str = "sm_90", rows: Mapping[str, Config] | None = None) -> Iterator[list[Launch]]:
     """Inside the block kernels are not run; their launches are appended to the list. Results of calls are garbage.
 
-    rows: configurations by operation, instead of the shipped ones.
+    rows: configurations by their keys in the table, which go before its own.
     """
     launches: list[Launch] = []
 
@@ -95,21 +94,13 @@ def recorded(arch: str = "sm_90", rows: Mapping[str, Config] | None = None) -> I
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(self, arguments, options, tuple(grid)))
 
-    def chosen(op: str, arch: str, precision: str, block_d: int, family: str) -> Config:
-        if rows is not None and op in rows:
-            return rows[op]
-        return configs.choose(op, arch, precision, block_d, family)
-
-    instead = {"architecture": lambda device: arch, "choose": chosen}
-    users = [m for name, m in sys.modules.items() if name.startswith("nearfield.ops.triton.") and m is not configs]
-    SCHEDULES.clear()  # what a call is compiled for is kept there, and says nothing of the architecture
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        for module in users:
-            for name, value in instead.items():
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, value))
-        stack.callback(SCHEDULES.clear)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("nearfield.ops.triton.") and hasattr(module, "architecture"):
+                stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
+        # What calls are made ready for is cached, and says nothing of the architecture: this forgets it.
+        stack.enter_context(configs.override(rows or {}))
         yield launches
 
 

@@ -53,6 +53,7 @@ _STATIC: dict[tuple[str, str], tuple[Pattern, int, int]] = {
     ("plane", "none"): (Neighborhood(7), 56, HEADS),
     ("plane", "many"): (Neighborhood(41), 128, HEADS),  # kinds of tiles too many for a mask of each
     ("plane", "gathered"): (Neighborhood(31), 128, 8),  # and for terms of each
+    ("plane", "uneven"): (Neighborhood((3, 9)), 56, HEADS),
     ("plane", "zero keys"): (Halo(8, 3), 56, HEADS),
     ("plane", "decomposed"): (Halo(8, 3), 56, HEADS),
     ("curve", "table"): (HilbertNeighborhood(49), 56, HEADS),
@@ -141,7 +142,7 @@ def calls(row: Row) -> list[Case]:
 
 
 def _has_table(case: Case) -> bool:
-    return case.terms in ("table", "gathered", "zero keys", "positions")
+    return case.terms in ("table", "gathered", "uneven", "zero keys", "positions")
 
 
 @contextmanager
@@ -155,7 +156,11 @@ def _rounding(tf32: bool) -> Iterator[None]:
 
 
 def launches(case: Case, arch: str, chosen: Mapping[str, Config] | None = None) -> dict[str, list[Launch]]:
-    """The launches of a case by operation, without those that move bias tables. `chosen`: see `recorded`."""
+    """The launches of a case by operation, without those that move bias tables.
+
+    chosen: configurations by operation, instead of the shipped ones.
+    """
+    kind, precision = ("float" if case.dtype == torch.float32 else "half"), max(16, *(2 ** math.ceil(math.log2(n)) for n in (case.d, case.dv)))
     with _rounding(case.tf32), recorded(arch, chosen) as found:
         if (case.family, case.terms) in _ROUTED:
             _call_routed(case)

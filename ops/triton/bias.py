@@ -15,7 +15,7 @@ __all__ = ["atlas_kernel", "runs_kernel", "table_kernel"]
 
 @triton.jit
 def atlas_kernel(table, entry, atlas, pairs, HEADS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
-    """atlas (K, HEADS, pairs) float32: the table's entry of every pair in units of log2(e), -inf where it is masked."""
+    """atlas (K, HEADS, pairs): the table's entry of every pair in units of log2(e), -inf where it is masked."""
     head, kind = tl.program_id(1) % HEADS, tl.program_id(1) // HEADS
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < pairs

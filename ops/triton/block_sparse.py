@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, image_base, load_vectors, product, store_vectors
+from .primitives import LOG2E, image_base, load_sums, load_vectors, product, store_sums, store_vectors
 
 __all__ = ["forward_kernel", "key_kernel", "query_kernel"]
 
@@ -38,18 +38,26 @@ def _resident(
 
 @triton.jit
 def _streamed(
-    n, count, listed, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr, SIZE_Y: tl.constexpr,
-    SIZE_X: tl.constexpr, DENSE: tl.constexpr,
+    start, count, listed, BLOCK_N: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr,
+    SIZE_Y: tl.constexpr, SIZE_X: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of streamed slots, which slots have one (the others get token 0), and which belong to a listed region."""
+    """Of streamed slots: tokens, which have one (others get token 0), which belong to a listed region, rows of sums."""
+    tokens: tl.constexpr = SIZE_Y * SIZE_X
+    n = start + tl.arange(0, BLOCK_N)
     used = n < count
     if DENSE:
         token, present = n, used
+        region, place = _region(n, WIDTH, ACROSS, SIZE_Y, SIZE_X), n // WIDTH % SIZE_Y * SIZE_X + n % WIDTH % SIZE_X
     else:
-        region = tl.load(listed + n // (SIZE_Y * SIZE_X), mask=used, other=0).to(tl.int32)
-        token, present = _token(region, n % (SIZE_Y * SIZE_X), HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X)
+        if tokens % BLOCK_N == 0:  # a block lies in one region
+            region = tl.load(listed + start // tokens).to(tl.int32)
+            place = start % tokens + tl.arange(0, BLOCK_N)
+        else:
+            region = tl.load(listed + n // tokens, mask=used, other=0).to(tl.int32)
+            place = n % tokens
+        token, present = _token(region, place, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X)
         present = present & used
-    return tl.where(present, token, 0), present, used
+    return tl.where(present, token, 0), present, used, tl.where(present, region * tokens + place, 0)
 
 
 @triton.jit
@@ -80,16 +88,23 @@ def _row(
 
 
 @triton.jit
-def _masked(score, counted, chosen, query_region, key_region, DENSE: tl.constexpr, INVERSE: tl.constexpr):
+def _masked(
+    score, counted, chosen, query_region, key_region, DENSE: tl.constexpr, WHOLE: tl.constexpr, INVERSE: tl.constexpr
+):
     """Scores with -inf where a streamed slot does not count or, where DENSE, a region did not choose the other.
 
     chosen: an image's (REGIONS,) int64, bit s of entry r set where the queries of region r attend region s.
+    WHOLE: every slot counts.
     """
+    if WHOLE and not DENSE:
+        return score
     allowed = counted[None, :]
     if DENSE and INVERSE:
-        allowed = allowed & (((tl.load(chosen + query_region)[None, :] >> key_region[:, None]) & 1) == 1)
+        bits = tl.full(key_region.shape, 1, tl.int64) << key_region.to(tl.int64)
+        allowed = allowed & ((tl.load(chosen + query_region)[None, :] & bits[:, None]) != 0)
     elif DENSE:
-        allowed = allowed & (((tl.load(chosen + query_region)[:, None] >> key_region[None, :]) & 1) == 1)
+        bits = tl.full(key_region.shape, 1, tl.int64) << key_region.to(tl.int64)
+        allowed = allowed & ((tl.load(chosen + query_region)[:, None] & bits[None, :]) != 0)
     return tl.where(allowed, score, float("-inf"))
 
 
@@ -115,16 +130,19 @@ def forward_kernel(
     query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False, WIDE)
     region_m = _region(token_m, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     count: tl.constexpr = HEIGHT * WIDTH if DENSE else TOPK * SIZE_Y * SIZE_X
+    short: tl.constexpr = HEIGHT % SIZE_Y > 0 or WIDTH % SIZE_X > 0
+    whole: tl.constexpr = count % BLOCK_N == 0 and (ZERO_KEYS or not short)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     value = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(0, count, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        token_n, present_n, used = _streamed(n, count, listed, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
+        token_n, present_n, used, _ = _streamed(
+            start, count, listed, BLOCK_N, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE
+        )
         key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
         score = product(query, tl.trans(key), PRECISION) * scale
         region_n = _region(token_n, WIDTH, ACROSS, SIZE_Y, SIZE_X)
-        score = _masked(score, used if ZERO_KEYS else present_n, chosen, region_m, region_n, DENSE, False)
+        score = _masked(score, used if ZERO_KEYS else present_n, chosen, region_m, region_n, DENSE, whole, False)
         higher = tl.maximum(peak, tl.max(score, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - level[:, None])
@@ -141,7 +159,7 @@ def forward_kernel(
 
 @triton.jit
 def query_kernel(
-    grad, q, k, v, out, lse, dq, delta, level, routes, chosen, scale, softmax_scale,
+    grad, q, k, v, out, lse, dq, sums, routes, chosen, scale, softmax_scale,
     g_image, q_image, k_image, v_image, dq_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -168,18 +186,20 @@ def query_kernel(
     row = _row(token_m, image, head, HEADS, REGIONS, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     shift = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     height = tl.load(lse + row) * LOG2E
-    tl.store(delta + row, shift, mask=present_m)
-    tl.store(level + row, height, mask=present_m)
+    store_sums(sums, row, height, shift, present_m)
     region_m = _region(token_m, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     count: tl.constexpr = HEIGHT * WIDTH if DENSE else TOPK * SIZE_Y * SIZE_X
+    short: tl.constexpr = HEIGHT % SIZE_Y > 0 or WIDTH % SIZE_X > 0
+    whole: tl.constexpr = count % BLOCK_N == 0 and (ZERO_KEYS or not short)
     gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, count, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        token_n, present_n, used = _streamed(n, count, listed, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
+        token_n, present_n, used, _ = _streamed(
+            start, count, listed, BLOCK_N, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE
+        )
         key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
         score = product(query, tl.trans(key), PRECISION) * scale
         region_n = _region(token_n, WIDTH, ACROSS, SIZE_Y, SIZE_X)
-        score = _masked(score, used if ZERO_KEYS else present_n, chosen, region_m, region_n, DENSE, False)
+        score = _masked(score, used if ZERO_KEYS else present_n, chosen, region_m, region_n, DENSE, whole, False)
         values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
         ds = tl.exp2(score - height[:, None]) * (product(g, tl.trans(values), PRECISION) - shift[:, None])
         gradient += product(ds.to(key.dtype), key, PRECISION)
@@ -189,7 +209,7 @@ def query_kernel(
 
 @triton.jit
 def key_kernel(
-    grad, q, k, v, delta, level, dk, dv, chosen_by, bounds, chosen, scale, softmax_scale,
+    grad, q, k, v, sums, dk, dv, chosen_by, bounds, chosen, scale, softmax_scale,
     g_image, q_image, k_image, v_image, dk_image, dv_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -222,20 +242,23 @@ def key_kernel(
         begin = tl.load(bounds + image * (REGIONS + 1) + region)
         count = (tl.load(bounds + image * (REGIONS + 1) + region + 1) - begin) * (SIZE_Y * SIZE_X)
         listed = chosen_by + image * (REGIONS * TOPK) + begin
+    short: tl.constexpr = HEIGHT % SIZE_Y > 0 or WIDTH % SIZE_X > 0
+    whole: tl.constexpr = (SIZE_Y * SIZE_X) % BLOCK_N == 0 and not short
     key_gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     value_gradient = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(0, count, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        token_n, present_n, _ = _streamed(n, count, listed, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
+        token_n, present_n, _, row_n = _streamed(
+            start, count, listed, BLOCK_N, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE
+        )
         query = load_vectors(q_at, token_n, present_n, Q_TOKEN, D, BLOCK_D, False, WIDE)
         score = product(key, tl.trans(query), PRECISION) * scale
         region_n = _region(token_n, WIDTH, ACROSS, SIZE_Y, SIZE_X)
-        score = _masked(score, present_n, chosen, region_n, region_m, DENSE, True)
-        row = _row(token_n, image, head, HEADS, REGIONS, WIDTH, ACROSS, SIZE_Y, SIZE_X)
-        weight = tl.exp2(score - tl.load(level + row)[None, :])
+        score = _masked(score, present_n, chosen, region_n, region_m, DENSE, whole, True)
+        height, shift = load_sums(sums, (image * HEADS + head) * (REGIONS * SIZE_Y * SIZE_X) + row_n)
+        weight = tl.exp2(score - height[None, :])
         g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False, WIDE)
         value_gradient += product(weight.to(g.dtype), g, PRECISION)
-        ds = weight * (product(values, tl.trans(g), PRECISION) - tl.load(delta + row)[None, :])
+        ds = weight * (product(values, tl.trans(g), PRECISION) - shift[None, :])
         key_gradient += product(ds.to(query.dtype), query, PRECISION)
     dk_at = image_base(dk, image, dk_image, UNIT) + head * DK_HEAD
     dv_at = image_base(dv, image, dv_image, UNIT) + head * DV_HEAD

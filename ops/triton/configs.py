@@ -18,7 +18,17 @@ import torch
 from ..cache import SCHEDULES
 from .schedule import SLOT_UNIT
 
-__all__ = ["SHIPPED", "Config", "architecture", "cache_file", "choose", "override", "precision_name", "read_table"]
+__all__ = [
+    "SHIPPED",
+    "Config",
+    "architecture",
+    "cache_file",
+    "choose",
+    "known",
+    "override",
+    "precision_name",
+    "read_table",
+]
 
 SHIPPED = Path(__file__).parent / "configs.json"
 
@@ -115,8 +125,22 @@ def override(rows: Mapping[str, Config]) -> Iterator[None]:
 
 def _forget() -> None:
     choose.cache_clear()
+    known.cache_clear()
     _table.cache_clear()
     SCHEDULES.clear()  # what calls were made ready for is kept there
+
+
+@lru_cache(maxsize=1024)
+def known(op: str, arch: str, precision: str, block_d: int, family: str) -> bool:
+    """Whether there is a row that `choose` would find."""
+    return _find(op, arch, precision, block_d, family) is not None
+
+
+def _find(op: str, arch: str, precision: str, block_d: int, family: str) -> Config | None:
+    tuned = cache_file()
+    table = _table(tuned if tuned.is_file() else None) | _overlay
+    rows = (table.get(f"{op} {place} {precision} {block_d} {family}") for place in (arch, "*"))
+    return next((row for row in rows if row is not None), None)
 
 
 @lru_cache(maxsize=1024)
@@ -130,10 +154,7 @@ def choose(op: str, arch: str, precision: str, block_d: int, family: str) -> Con
     Raises:
         ValueError: there is no such row, or the tuned table is damaged.
     """
-    tuned = cache_file()
-    table = _table(tuned if tuned.is_file() else None) | _overlay
-    for place in (arch, "*"):
-        found = table.get(f"{op} {place} {precision} {block_d} {family}")
-        if found is not None:
-            return found
+    found = _find(op, arch, precision, block_d, family)
+    if found is not None:
+        return found
     raise ValueError(f"no launch configuration for {op} {arch} {precision} {block_d} {family}")

@@ -23,10 +23,10 @@ PARTIAL_BYTES = 64 << 20  # score gradients held at a time on their way to a tab
 BLOCK = 1024  # pairs that one program of the bias kernels takes
 
 
-def atlas(site: Site, table: Tensor, entry: Tensor) -> Tensor:
-    """Terms (K, heads, M, N) float32 of every kind of tile, from the flat table entry (K, M, N) of every pair."""
+def atlas(site: Site, table: Tensor, entry: Tensor, dtype: torch.dtype) -> Tensor:
+    """Terms (K, heads, M, N) of every kind of tile, from the flat table entry (K, M, N) of every pair."""
     kinds, pairs = entry.shape[0], entry.shape[1] * entry.shape[2]
-    made = torch.empty(kinds, site.heads, *entry.shape[1:], dtype=torch.float32, device=site.device)
+    made = torch.empty(kinds, site.heads, *entry.shape[1:], dtype=dtype, device=site.device)
     kernels.atlas_kernel[(-(-pairs // BLOCK), kinds * site.heads)](
         table.contiguous(), entry, made, pairs, HEADS=site.heads, ENTRIES=site.entries, BLOCK=BLOCK
     )
@@ -127,7 +127,7 @@ class _Piece:
 
 def tile_bias_gradient(
     site: Site, made: TilePass, terms: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor,
-    delta: Tensor, level: Tensor, scale: float,
+    sums: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradient of a bias table. `made`, `terms`: the dQ pass and the bias it read; `scale` has log2(e) in it."""
     own = tile_pass(site, "neighborhood.bias", ("G", "Q", "K", "V"), like=made)
@@ -138,7 +138,7 @@ def tile_bias_gradient(
         size = (piece.work.table.shape[0], site.heads, own.config.block_m, plan.streamed.shape[2])
         partial = torch.empty(size, dtype=torch.float32, device=site.device)
         neighborhood.bias_kernel[(size[0] * site.heads * blocks,)](
-            grad, q, k, v, delta, level, partial, piece.work.table, piece.members, plan.tiles, plan.resident,
+            grad, q, k, v, sums, partial, piece.work.table, piece.members, plan.tiles, plan.resident,
             plan.streamed, own.order, terms, own.codes, q, q.shape[1] * q.shape[2], scale, *own.images,
             ZERO_KEYS=plan.zero_keys, **own.constants,
         )  # fmt: skip

@@ -53,7 +53,7 @@ def _cell_terms(site: Site, cells: CellPass, bias: Tensor | None, other: Tensor)
     """The bias tensor that kernels of cells read, or any tensor where there is none."""
     if bias is None:
         return other
-    return atlas(site, bias, cells.cells.entry) if cells.how == "atlas" else bias.contiguous()
+    return atlas(site, bias, cells.cells.entry, torch.float32) if cells.how == "atlas" else bias.contiguous()
 
 
 def _tile_terms(site: Site, made: TilePass, bias: Tensor | None, other: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _tile_terms(site: Site, made: TilePass, bias: Tensor | None, other: Tensor) 
         return made.entry
     if bias is None or site.kind is BiasKind.DECOMPOSED:
         return other
-    return bias.contiguous() if made.entry is None else atlas(site, bias, made.entry)
+    return bias.contiguous() if made.entry is None else atlas(site, bias, made.entry, site.terms_dtype)
 
 
 def _forward_tiles(
@@ -91,19 +91,19 @@ def backward(
     if cells is not None:
         return _backward_cells(site, cells, grad, q, k, v, bias, dq, dk, dv, scale, bias_needs_grad), None
     rel = _Decomposed(site, q, bias, rel_x)
-    delta, level = torch.empty_like(lse), torch.empty_like(lse)
+    sums = torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
     wanted = bias_needs_grad and bias is not None and site.kind is not BiasKind.DECOMPOSED
     made = tile_pass(site, "neighborhood.query", ("G", "Q", "K", "V", "DQ"), table=wanted)
     terms = _tile_terms(site, made, bias, q)
-    partial = _backward_queries(site, made, terms, grad, q, k, v, rel, out, lse, dq, delta, level, scale, wanted)
-    _backward_keys(site, grad, q, k, v, bias, rel, dk, dv, delta, level, scale)
+    partial = _backward_queries(site, made, terms, grad, q, k, v, rel, out, lse, dq, sums, scale, wanted)
+    _backward_keys(site, grad, q, k, v, bias, rel, dk, dv, sums, scale)
     if site.kind is BiasKind.DECOMPOSED:
         return rel.send_back(dq, bias_needs_grad)
     if bias is None or not wanted:
         return None, None
     if made.plan.grid is not None:
         return displacement_gradient(bias, partial), None
-    return tile_bias_gradient(site, made, terms, grad, q, k, v, bias, delta, level, scale * LOG2_E), None
+    return tile_bias_gradient(site, made, terms, grad, q, k, v, bias, sums, scale * LOG2_E), None
 
 
 def _backward_cells(
@@ -125,9 +125,9 @@ def _backward_cells(
 
 def _backward_queries(
     site: Site, made: TilePass, terms: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel: _Decomposed,
-    out: Tensor, lse: Tensor, dq: Tensor, delta: Tensor, level: Tensor, scale: float, bias_needs_grad: bool,
+    out: Tensor, lse: Tensor, dq: Tensor, sums: Tensor, scale: float, bias_needs_grad: bool,
 ) -> Tensor:  # fmt: skip
-    """Fill dq, delta and level; return the table gradient of every program, empty where none is taken along."""
+    """Fill dq and sums; return the table gradient of every program, empty where none is taken along."""
     plan, grid, table = made.plan, (0, 0, 0), (0, 0)
     if plan.grid is not None and bias_needs_grad:
         rows = plan.pitch, site.entries // plan.pitch
@@ -135,7 +135,7 @@ def _backward_queries(
     programs = made.programs(site.heads, q.shape[0])
     partial = torch.empty(programs[0] if table[0] else 0, *table, dtype=torch.float32, device=q.device)
     neighborhood.query_kernel[programs](
-        grad, q, k, v, out, lse, dq, delta, level, rel.gradient, partial, plan.tiles, plan.resident, plan.streamed,
+        grad, q, k, v, out, lse, dq, sums, rel.gradient, partial, plan.tiles, plan.resident, plan.streamed,
         made.order, terms, made.codes, rel.terms, q.shape[0], plan.tiles.shape[0], q.shape[1] * q.shape[2],
         scale * LOG2_E, scale, *made.images, KEYS_Y=power_of_two(plan.sides[0]), KEYS_X=power_of_two(plan.sides[1]),
         GRID_Y=grid[0], GRID_X=grid[1], GRID_K=grid[2], TABLE_Y=table[0], TABLE_X=table[1],
@@ -146,12 +146,12 @@ def _backward_queries(
 
 def _backward_keys(
     site: Site, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel: _Decomposed,
-    dk: Tensor, dv: Tensor, delta: Tensor, level: Tensor, scale: float,
+    dk: Tensor, dv: Tensor, sums: Tensor, scale: float,
 ) -> None:  # fmt: skip
     made = tile_pass(site, "neighborhood.key", ("G", "Q", "K", "V", "DK", "DV"), inverse=True)
     plan = made.plan
     neighborhood.key_kernel[made.programs(site.heads, q.shape[0])](
-        grad, q, k, v, delta, level, dk, dv, plan.tiles, plan.resident, plan.streamed, made.order,
+        grad, q, k, v, sums, dk, dv, plan.tiles, plan.resident, plan.streamed, made.order,
         _tile_terms(site, made, bias, q), made.codes, rel.terms, q.shape[0], plan.tiles.shape[0],
         q.shape[1] * q.shape[2], scale * LOG2_E, scale, *made.images, IMAGES=made.config.run, **made.constants,
     )  # fmt: skip

@@ -17,9 +17,11 @@ from .primitives import (
     STREAMED,
     add_terms,
     image_base,
+    load_sums,
     load_vectors,
     locate,
     product,
+    store_sums,
     store_vectors,
     to_log2,
 )
@@ -89,7 +91,7 @@ def forward_kernel(
 
 @triton.jit
 def query_kernel(
-    grad, q, k, v, out, lse, dq, delta, level, drel, partial, tiles, resident, streamed, order, bias, codes, rel,
+    grad, q, k, v, out, lse, dq, sums, drel, partial, tiles, resident, streamed, order, bias, codes, rel,
     batch, tile_count, queries, scale, softmax_scale, g_image, q_image, k_image, v_image, dq_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -101,10 +103,10 @@ def query_kernel(
     GRID_Y: tl.constexpr, GRID_X: tl.constexpr, GRID_K: tl.constexpr, TABLE_Y: tl.constexpr, TABLE_X: tl.constexpr,
     BIAS: tl.constexpr, CURVE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries; for the other passes delta = sum(grad * out) and level, the log-sum-exp in base 2.
+    """dQ of one tile of queries; and sums (B, queries, HEADS, 2) float32 for the other passes.
 
-    delta, level: (B, queries, HEADS) float32. With a decomposed bias also drel (B, queries, HEADS, REL_Y + REL_X), the
-    gradient of q . rel, zero on entry.
+    Those are level, the log-sum-exp in base 2, and delta = sum(grad * out). With a decomposed bias also drel
+    (B, queries, HEADS, REL_Y + REL_X), the gradient of q . rel, zero on entry.
     KEYS_Y, KEYS_X: a tile's streamed rows and columns, rounded up to a power of two.
 
     Where TABLE_Y is not 0, also partial (programs, TABLE_Y, TABLE_X) float32: the gradient of the bias table, summed
@@ -133,8 +135,7 @@ def query_kernel(
         o = load_vectors(out_at, token_m, present_m, HEADS * DV, DV, BLOCK_DV, False, WIDE)
         shift = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
         height = to_log2(tl.load(lse + sums_at))
-        tl.store(delta + sums_at, shift, mask=present_m)
-        tl.store(level + sums_at, height, mask=present_m)
+        store_sums(sums, sums_at, height, shift, present_m)
         gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if BIAS == "decomposed":
             rel_y = tl.zeros([BLOCK_M, KEYS_Y], tl.float32)
@@ -204,7 +205,7 @@ def _by_displacement(
 
 @triton.jit
 def key_kernel(
-    grad, q, k, v, delta, level, dk, dv, tiles, resident, streamed, order, bias, codes, rel,
+    grad, q, k, v, sums, dk, dv, tiles, resident, streamed, order, bias, codes, rel,
     batch, tile_count, queries, scale, softmax_scale, g_image, q_image, k_image, v_image, dk_image, dv_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -245,10 +246,10 @@ def key_kernel(
                 score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
                 HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, PITCH, REL_Y, REL_X, BIAS, True, CURVE,
             )  # fmt: skip
-            weight = tl.exp2(score - tl.load(level + sums_at + token_n * HEADS)[None, :])
+            height, shift = load_sums(sums, sums_at + token_n * HEADS)
+            weight = tl.exp2(score - height[None, :])
             g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False, WIDE)
             value_gradient += product(weight.to(g.dtype), g, PRECISION)
-            shift = tl.load(delta + sums_at + token_n * HEADS)
             ds = weight * (product(values, tl.trans(g), PRECISION) - shift[None, :])
             key_gradient += product(ds.to(query.dtype), query, PRECISION)
         dk_at = image_base(dk, image, dk_image, UNIT) + head * DK_HEAD
@@ -259,7 +260,7 @@ def key_kernel(
 
 @triton.jit
 def bias_kernel(
-    grad, q, k, v, delta, level, partial, runs, members, tiles, resident, streamed, order, bias, codes, rel,
+    grad, q, k, v, sums, partial, runs, members, tiles, resident, streamed, order, bias, codes, rel,
     queries, scale, g_image, q_image, k_image, v_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     G_TOKEN: tl.constexpr, G_HEAD: tl.constexpr, Q_TOKEN: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -299,9 +300,10 @@ def bias_kernel(
             score, resident, streamed, bias, codes, rel, head, kind, m, n, token_m, token_n,
             HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, PITCH, REL_Y, REL_X, BIAS, False, CURVE,
         )  # fmt: skip
-        weight = tl.exp2(score - tl.load(level + sums_at)[:, None])
+        height, shift = load_sums(sums, sums_at)
+        weight = tl.exp2(score - height[:, None])
         g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)
         values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
-        total += weight * (product(g, tl.trans(values), PRECISION) - tl.load(delta + sums_at)[:, None])
+        total += weight * (product(g, tl.trans(values), PRECISION) - shift[:, None])
     row = (run * HEADS + head).to(tl.int64) * BLOCK_M + m
     tl.store(partial + row[:, None] * SLOTS + n[None, :], total)

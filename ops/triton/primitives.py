@@ -10,7 +10,9 @@ import triton.language as tl
 
 from . import schedule
 
-__all__ = ["add_terms", "load_vectors", "locate", "product", "store_vectors", "to_log2"]
+__all__ = [
+    "add_terms", "load_sums", "load_vectors", "locate", "product", "store_sums", "store_vectors", "to_log2",
+]  # fmt: skip
 
 ABSENT = tl.constexpr(schedule.ABSENT)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -85,6 +87,18 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_sums(sums, row):
+    """Level and delta of rows of `sums` (rows, 2): side by side, since a load of single numbers is one per thread."""
+    return tl.split(tl.load(sums + row[:, None] * 2 + tl.arange(0, 2)[None, :]))
+
+
+@triton.jit
+def store_sums(sums, row, level, delta, present):
+    """Store what `load_sums` loads."""
+    tl.store(sums + row[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(level, delta), mask=present[:, None])
+
+
+@triton.jit
 def to_log2(natural):
     """A log-sum-exp in units of log2; rows without a key count as 0, so that exp2(-inf - 0) is 0."""
     return tl.where(natural == float("-inf"), 0.0, natural * LOG2E)
@@ -106,9 +120,9 @@ def add_terms(
     """
     if BIAS == "atlas":
         row = (kind * HEADS + head) * BLOCK_M + m
-        return score + tl.load(bias + row[:, None] * SLOTS + n[None, :])
+        return score + tl.load(bias + row[:, None] * SLOTS + n[None, :]).to(tl.float32)
     if BIAS == "mask":
-        return score + tl.load(bias + (kind * BLOCK_M + m)[:, None] * SLOTS + n[None, :])
+        return score + tl.load(bias + (kind * BLOCK_M + m)[:, None] * SLOTS + n[None, :]).to(tl.float32)
     own = resident + kind * RESIDENT * BLOCK_M + m
     other = streamed + kind * STREAMED * SLOTS + n
     y = tl.load(other + SLOTS)[None, :]

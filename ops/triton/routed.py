@@ -108,15 +108,15 @@ def backward(
 ) -> None:  # fmt: skip
     """Fill dq, dk and dv (all entries are written)."""
     call = _Call(q, k, v, routes, regions, zero_pad, scale)
-    grad, (delta, level) = readable(grad, "grad"), (torch.empty_like(lse), torch.empty_like(lse))
+    grad, sums = readable(grad, "grad"), torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
     images, constant = call.common("query", G=grad, DQ=dq)
     block_sparse.query_kernel[call.programs("query"),](
-        grad, call.q, call.k, call.v, out, lse, dq, delta, level, call.routes, call.chosen, scale * LOG2_E, scale,
+        grad, call.q, call.k, call.v, out, lse, dq, sums, call.routes, call.chosen, scale * LOG2_E, scale,
         *images, ZERO_KEYS=call.zero_keys, **constant,
     )  # fmt: skip
     chosen_by, bounds = (call.routes, call.routes) if call.dense else inverse_lists(call.routes, regions.count)
     images, constant = call.common("key", G=grad, DK=dk, DV=dv)
     block_sparse.key_kernel[call.programs("key"),](
-        grad, call.q, call.k, call.v, delta, level, dk, dv, chosen_by, bounds, call.chosen, scale * LOG2_E, scale,
+        grad, call.q, call.k, call.v, sums, dk, dv, chosen_by, bounds, call.chosen, scale * LOG2_E, scale,
         *images, **constant,
     )  # fmt: skip

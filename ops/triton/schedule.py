@@ -23,7 +23,7 @@ from ..curves import curve_order
 from ..patterns import Axis, Pattern, Resolved, resolve
 from ..tiles import Band, TileShape, axis_bands, inverse_axis
 
-__all__ = ["ABSENT", "Cells", "Runs", "Schedule", "cells", "in_cells", "runs", "schedule"]
+__all__ = ["ABSENT", "Cells", "Runs", "Schedule", "cell_slots", "cells", "in_cells", "runs", "schedule"]
 
 ABSENT = -(1 << 30)  # offset of a slot without a token
 NOWHERE = 1 << 20  # coordinate of an empty streamed slot: beyond every interval
@@ -335,6 +335,16 @@ def _cell_size(pattern: Pattern, height: int, width: int) -> tuple[int, int] | N
     return sizes[0], sizes[1]
 
 
+def _slots(size: tuple[int, int]) -> int:
+    return max(16, 1 << (size[0] * size[1] - 1).bit_length())
+
+
+def cell_slots(pattern: Pattern, height: int, width: int) -> int | None:
+    """Slots of a cell of a pattern that is in cells, a power of two; None for others."""
+    size = _cell_size(pattern, height, width)
+    return _slots(size) if size is not None and in_cells(pattern, height, width) else None
+
+
 def in_cells(pattern: Pattern, height: int, width: int) -> bool:
     """Whether a pattern cuts the map into cells small enough for one program to hold whole."""
     size = _cell_size(pattern, height, width)
@@ -346,7 +356,7 @@ def cells(pattern: Pattern, height: int, width: int, device: torch.device) -> Ce
     size = _cell_size(pattern, height, width)
     assert size is not None
 
-    slots = max(16, 1 << (size[0] * size[1] - 1).bit_length())
+    slots = _slots(size)
     resolved = resolve(pattern, height, width)
     rows, columns = (axis_tiles(a, s, inverse=False) for a, s in zip((resolved.y, resolved.x), size, strict=True))
     pitch = 2 * resolved.x.reach + 1

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..bias import BiasKind, bias_kind
 from ..patterns import Pattern, resolve
-from .configs import Config, architecture, choose, precision_name
+from .configs import Config, architecture, choose, known, precision_name
 from .launch import Strides, cached, constants, power_of_two, precision, units, wide
-from .schedule import Cells, Schedule, axis_tiles, cells, choose_tile, in_cells, schedule
+from .schedule import Cells, Schedule, axis_tiles, cell_slots, cells, choose_tile, schedule
 
 __all__ = ["CellPass", "Site", "TilePass", "cell_pass", "make_site", "tile_pass"]
 
@@ -54,6 +54,11 @@ class Site(NamedTuple):
     def family(self) -> str:
         """Kind of tiles that configurations are kept for."""
         return "plane" if self.pattern.curve is None else "curve"
+
+    @property
+    def terms_dtype(self) -> torch.dtype:
+        """Dtype of bias and mask of tiles, which are read once a score: halves where q is half, as rounded as q . k."""
+        return torch.float32 if self.dtype == torch.float32 else torch.float16
 
     @property
     def centre(self) -> int:
@@ -160,7 +165,10 @@ def tile_pass(
                 how, entry = "atlas", torch.from_numpy(plan.entries()).to(site.device)
         elif site.kind is BiasKind.NONE and pairs <= ATLAS_BYTES:
             masked = torch.from_numpy(plan.entries()).to(site.device) < 0
-            how, entry = "mask", torch.zeros(masked.shape, device=site.device).masked_fill_(masked, -torch.inf)
+            how, entry = (
+                "mask",
+                torch.zeros(masked.shape, dtype=site.terms_dtype, device=site.device).masked_fill_(masked, -torch.inf),
+            )
         made, images = site.launch(names)
         made |= _tile_constants(site, config, plan, how)
         order = plan.tiles if plan.order is None else plan.order
@@ -219,17 +227,24 @@ class CellPass:
         return groups
 
 
+def _rows_of_cells(site: Site, slots: int) -> bool:
+    """Whether both passes have a configuration: where a whole cell would not fit the registers there is none."""
+    block_d, arch = power_of_two(max(site.d, site.dv)), architecture(site.device)
+    names = (f"window.{name}" for name in ("forward", "backward"))
+    return all(known(name, arch, precision_name(site.dtype), block_d, f"cell{slots}") for name in names)
+
+
 def cell_pass(site: Site, op: str, names: tuple[str, ...]) -> CellPass | None:
     """The pass of kernel `op`, which reads and writes the tensors `names`, over the cells of a site; cached.
 
-    None where the pattern has no cells.
+    None where the pattern has no cells, or none that one program can hold: it is cut into tiles then, as any other.
     """
-    if site.kind is BiasKind.DECOMPOSED or not in_cells(site.pattern, site.height, site.width):
+    slots = cell_slots(site.pattern, site.height, site.width)
+    if site.kind is BiasKind.DECOMPOSED or slots is None or not _rows_of_cells(site, slots):
         return None
 
     def build() -> CellPass:
         held = cells(site.pattern, site.height, site.width, site.device)
-        slots = held.offset.shape[1]
         config = site.config(op, f"cell{slots}")
         how = {BiasKind.TABLE: "atlas", BiasKind.POSITIONS: "positions"}.get(site.kind, "none")
         made, images = site.launch(names)

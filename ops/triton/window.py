@@ -109,26 +109,26 @@ def backward_kernel(
         g_at = image_base(grad, image, g_image, UNIT) + head * G_HEAD
         query = load_vectors(q_at, token, present, Q_TOKEN, D, BLOCK_D, False, WIDE)
         key = load_vectors(k_at, token, present, K_TOKEN, D, BLOCK_D, False, WIDE)
-        values = load_vectors(v_at, token, present, V_TOKEN, DV, BLOCK_DV, False, WIDE)
         # Zeros where a slot has no token: its row then adds nothing to dK, dV and the bias.
-        g = load_vectors(g_at, token, present, G_TOKEN, DV, BLOCK_DV, True, WIDE)
         score = product(query, tl.trans(key), PRECISION) * scale + term
         weight = tl.exp2(score - tl.max(score, 1)[:, None])
         weight = weight * (1.0 / tl.sum(weight, 1))[:, None]
+        g = load_vectors(g_at, token, present, G_TOKEN, DV, BLOCK_DV, True, WIDE)
+        value_gradient = product(tl.trans(weight.to(g.dtype)), g, PRECISION)
+        dv_at = image_base(dv, image, dv_image, UNIT) + head * DV_HEAD
+        store_vectors(dv_at, token, present, value_gradient, DV_TOKEN, DV, BLOCK_DV, WIDE)
+        values = load_vectors(v_at, token, present, V_TOKEN, DV, BLOCK_DV, False, WIDE)
         dp = product(g, tl.trans(values), PRECISION)
         ds = weight * (dp - tl.sum(weight * dp, 1)[:, None])
         if BIAS_GRADIENT:
             summed += ds
         low = ds.to(query.dtype)
-        value_gradient = product(tl.trans(weight.to(g.dtype)), g, PRECISION)
         query_gradient = product(low, key, PRECISION) * softmax_scale
-        key_gradient = product(tl.trans(low), query, PRECISION) * softmax_scale
         dq_at = image_base(dq, image, dq_image, UNIT) + head * DQ_HEAD
-        dk_at = image_base(dk, image, dk_image, UNIT) + head * DK_HEAD
-        dv_at = image_base(dv, image, dv_image, UNIT) + head * DV_HEAD
         store_vectors(dq_at, token, present, query_gradient, DQ_TOKEN, D, BLOCK_D, WIDE)
+        key_gradient = product(tl.trans(low), query, PRECISION) * softmax_scale
+        dk_at = image_base(dk, image, dk_image, UNIT) + head * DK_HEAD
         store_vectors(dk_at, token, present, key_gradient, DK_TOKEN, D, BLOCK_D, WIDE)
-        store_vectors(dv_at, token, present, value_gradient, DV_TOKEN, DV, BLOCK_DV, WIDE)
         cell, image = _next(cell, image, count)
     if BIAS_GRADIENT:
         row = (run * HEADS + head).to(tl.int64) * BLOCK_M + m
