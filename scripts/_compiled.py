@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import triton
 from _sass import MachineCode, disassembled
+from nearfield.ops.cache import SCHEDULES
 from nearfield.ops.triton import configs
 from nearfield.ops.triton.configs import Config
 from triton.backends.compiler import GPUTarget
@@ -85,22 +86,29 @@ class Launch:
 def recorded(arch: str = "sm_90", rows: Mapping[str, Config] | None = None) -> Iterator[list[Launch]]:
     """Inside the block kernels are not run; their launches are appended to the list. Results of calls are garbage.
 
-    rows: configurations by their keys in the table, which go before its own.
+    rows: configurations by operation, instead of the shipped ones.
     """
     launches: list[Launch] = []
+    given = rows or {}
 
     def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(self, arguments, options, tuple(grid)))
 
+    instead = {
+        "architecture": lambda device: arch,
+        "choose": lambda op, *where: given.get(op) or configs.choose(op, *where),
+        "known": lambda op, *where: op in given or configs.known(op, *where),
+    }
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        for name, module in list(sys.modules.items()):
-            if name.startswith("nearfield.ops.triton.") and hasattr(module, "architecture"):
-                stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
-        # What calls are made ready for is cached, and says nothing of the architecture: this forgets it.
-        stack.enter_context(configs.override(rows or {}))
+        users = [m for name, m in sys.modules.items() if name.startswith("nearfield.ops.triton.") and m is not configs]
+        for module in users:
+            for name in instead.keys() & vars(module).keys():
+                stack.enter_context(mock.patch.object(module, name, instead[name]))
+        SCHEDULES.clear()  # what calls were made ready for is kept there, and says nothing of the architecture
+        stack.callback(SCHEDULES.clear)
         yield launches
 
 

@@ -35,10 +35,10 @@ PASSES = {
 }
 FAMILIES = {
     "window": ("cell16", "cell32", "cell64"),
-    "neighborhood": ("plane", "curve"),
+    "neighborhood": ("plane", "curve", "lookup"),
     "routing": ("region16", "region32", "region64"),
 }
-# Pattern, map side and heads of a call, by family and where its bias comes from; the first of a family is the usual one.
+# Pattern, map side and heads of a call, by family and where its bias comes from; a family's first is its usual call.
 _STATIC: dict[tuple[str, str], tuple[Pattern, int, int]] = {
     ("cell16", "table"): (Window(4), 56, HEADS),
     ("cell16", "none"): (Window(4, 2), 56, HEADS),
@@ -51,14 +51,14 @@ _STATIC: dict[tuple[str, str], tuple[Pattern, int, int]] = {
     ("cell64", "positions"): (HilbertWindow(64), 56, HEADS),
     ("plane", "table"): (Neighborhood(7), 56, HEADS),
     ("plane", "none"): (Neighborhood(7), 56, HEADS),
-    ("plane", "many"): (Neighborhood(41), 128, HEADS),  # kinds of tiles too many for a mask of each
-    ("plane", "gathered"): (Neighborhood(31), 128, 8),  # and for terms of each
     ("plane", "uneven"): (Neighborhood((3, 9)), 56, HEADS),
     ("plane", "zero keys"): (Halo(8, 3), 56, HEADS),
-    ("plane", "decomposed"): (Halo(8, 3), 56, HEADS),
     ("curve", "table"): (HilbertNeighborhood(49), 56, HEADS),
     ("curve", "none"): (HilbertNeighborhood(49), 56, HEADS),
-    ("curve", "positions"): (HilbertNeighborhood(49), 56, HEADS),
+    ("lookup", "decomposed"): (Halo(8, 3), 56, HEADS),
+    ("lookup", "positions"): (HilbertNeighborhood(49), 56, HEADS),
+    ("lookup", "gathered"): (Neighborhood(31), 128, 8),  # kinds of tiles too many for terms of each
+    ("lookup", "many"): (Neighborhood(41), 128, HEADS),  # and for a mask of each
 }
 # Map side, tokens of a region's side, regions that each lists, whether padding takes part.
 _ROUTED: dict[tuple[str, str], tuple[int, int, int, bool]] = {
@@ -87,6 +87,11 @@ class Row:
     precision: str
     block_d: int
     family: str
+
+    @property
+    def name(self) -> str:
+        """The row's key in the table, the architecture left out."""
+        return f"{self.op} {self.precision} {self.block_d} {self.family}"
 
     def key(self, arch: str) -> str:
         """The row's key in the table."""
@@ -160,7 +165,6 @@ def launches(case: Case, arch: str, chosen: Mapping[str, Config] | None = None) 
 
     chosen: configurations by operation, instead of the shipped ones.
     """
-    kind, precision = ("float" if case.dtype == torch.float32 else "half"), max(16, *(2 ** math.ceil(math.log2(n)) for n in (case.d, case.dv)))
     with _rounding(case.tf32), recorded(arch, chosen) as found:
         if (case.family, case.terms) in _ROUTED:
             _call_routed(case)
@@ -235,7 +239,7 @@ class Work:
         return compiled.code.nest[0] * 32 * compiled.warps / self.scores
 
     def per_useful_score(self, compiled: Compiled) -> float:
-        """Instructions of threads in the whole launch for each score of the pattern: tiles' waste and all else in it."""
+        """Instructions of all threads for each score of the pattern: tiles' waste and everything else counts."""
         assert compiled.code is not None
         inner, outer, total = compiled.code.nest
         rounds = self.inner * inner + self.outer * (outer - inner) + self.programs * (total - max(inner, outer))
@@ -250,7 +254,7 @@ def work(case: Case, made: Sequence[Launch]) -> Work:
     pair = (case.d + case.dv) * case.dtype.itemsize  # two vectors of one token
     passes = {"forward": 1, "backward": 3.5}.get(made[0].name.split(".")[1].removesuffix("_kernel"), 2)
     resident, streamed = int(passes * block_m * pair), block_n * pair
-    terms = 4 * block_m * block_n if a.get("BIAS") in ("atlas", "mask") else 0
+    terms = a["bias"].element_size() * block_m * block_n if a.get("BIAS") in ("atlas", "mask") else 0
     if made[0].name.startswith("block_sparse"):
         tokens = a["HEIGHT"] * a["WIDTH"] if a["DENSE"] else a["TOPK"] * a["SIZE_Y"] * a["SIZE_X"]
         rounds = programs * -(-tokens // block_n)

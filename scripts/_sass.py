@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import triton
@@ -66,7 +67,7 @@ class MachineCode:
         cuts = {0, len(self.instructions), *self.labels.values()}
         cuts |= {i + 1 for i, text in enumerate(self.instructions) if _target(text) or _ends(text)}
         edges = sorted(cut for cut in cuts if cut <= len(self.instructions))
-        blocks = [(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        blocks = list(pairwise(edges))
         number = {a: i for i, (a, _) in enumerate(blocks)}
         after = []
         for i, (_, end) in enumerate(blocks):

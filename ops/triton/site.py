@@ -51,9 +51,14 @@ class Site(NamedTuple):
         return choose(op, architecture(self.device), precision_name(self.dtype), block_d, family)
 
     @property
-    def family(self) -> str:
-        """Kind of tiles that configurations are kept for."""
-        return "plane" if self.pattern.curve is None else "curve"
+    def families(self) -> tuple[str, ...]:
+        """Kinds of tiles that configurations are kept for, the first that its bias allows taken.
+
+        "plane" and "curve" read bias and mask from an atlas, "lookup" finds them score by score.
+        """
+        if self.kind not in (BiasKind.NONE, BiasKind.TABLE):
+            return ("lookup",)
+        return ("plane" if self.pattern.curve is None else "curve", "lookup")
 
     @property
     def terms_dtype(self) -> torch.dtype:
@@ -110,12 +115,14 @@ class TilePass:
     """One pass over tiles at one site: its schedule, how it gets its bias, and the constants of its kernel.
 
     Attributes:
+        family: kind of tiles that its configuration is kept for.
         how: "atlas", "mask", "gather", "positions", "decomposed" or "none", as in `primitives.add_terms`.
         entry: (K, M, N) flat table entries for "atlas", the mask itself for "mask", else None.
         order, codes: tensors the kernel reads, or any tensor where it reads none.
         images: image strides of the tensors the kernel reads, in units.
     """
 
+    family: str
     config: Config
     plan: Schedule
     how: str
@@ -148,33 +155,38 @@ def tile_pass(
     """
 
     def build() -> TilePass:
-        config = site.config(op, site.family)
+        made, images = site.launch(names)
         if like is not None:
-            config = replace(config, block_m=like.config.block_m)
-            made, images = site.launch(names)
+            config = replace(site.config(op, like.family), block_m=like.config.block_m)
             made |= _tile_constants(site, config, like.plan, like.how)
             return replace(like, config=config, constants=made, images=images)
-        grid = table and _on_grid(site, config)
-        plan = schedule(site.pattern, site.height, site.width, config.block_m, site.device, inverse=inverse, grid=grid)
-        slots = plan.streamed.shape[2]
-        pairs = plan.kinds * config.block_m * slots * 4
-        how, entry = site.kind.value, None
-        if site.kind is BiasKind.TABLE:
-            how = "gather"
-            if pairs * site.heads <= ATLAS_BYTES:
-                how, entry = "atlas", torch.from_numpy(plan.entries()).to(site.device)
-        elif site.kind is BiasKind.NONE and pairs <= ATLAS_BYTES:
-            masked = torch.from_numpy(plan.entries()).to(site.device) < 0
-            how, entry = (
-                "mask",
-                torch.zeros(masked.shape, dtype=site.terms_dtype, device=site.device).masked_fill_(masked, -torch.inf),
+        for family in site.families:
+            config = site.config(op, family)
+            grid = table and family == "plane" and _on_grid(site, config)
+            plan = schedule(
+                site.pattern, site.height, site.width, config.block_m, site.device, inverse=inverse, grid=grid
             )
-        made, images = site.launch(names)
+            how, entry = _terms(site, plan, config, family)
+            if entry is not None:
+                break
         made |= _tile_constants(site, config, plan, how)
         order = plan.tiles if plan.order is None else plan.order
-        return TilePass(config, plan, how, entry, order, site.codes(plan.tiles), made, images)
+        return TilePass(family, config, plan, how, entry, order, site.codes(plan.tiles), made, images)
 
     return cached((site, op, table), site.device, build)
+
+
+def _terms(site: Site, plan: Schedule, config: Config, family: str) -> tuple[str, Tensor | None]:
+    """How a pass gets its bias, and the flat table entries (K, M, N) of an atlas or the mask itself."""
+    slots = plan.streamed.shape[2]
+    heads = site.heads if site.kind is BiasKind.TABLE else 1
+    if family == "lookup" or plan.kinds * config.block_m * slots * heads * 4 > ATLAS_BYTES:
+        return {BiasKind.TABLE: "gather"}.get(site.kind, site.kind.value), None
+    entry = torch.from_numpy(plan.entries()).to(site.device)
+    if site.kind is BiasKind.TABLE:
+        return "atlas", entry
+    mask = torch.zeros(entry.shape, dtype=site.terms_dtype, device=site.device)
+    return "mask", mask.masked_fill_(entry < 0, -torch.inf)
 
 
 def _on_grid(site: Site, config: Config) -> bool:

@@ -158,6 +158,18 @@ def test_routed_offsets_of_64_bits_give_the_same_result(
     assert constants(launched, "", "WIDE") == {True}
 
 
+@pytest.mark.interpreted
+def test_no_sum_or_product_of_integers_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter asserts it of every operation; empty slots have offsets far outside the map."""
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    for call in (TILES[2], TILES[9], CELLS[0], CELLS[2]):
+        assert_call_matches(torch.device("cpu"), call)
+    for shape in ((5, 7, 3, 2), (5, 7, 3, 5)):
+        assert_matches(make_routed(*shape, batch=1, heads=1))
+
+
 def test_only_maps_of_two_billion_elements_need_64_bits() -> None:
     from nearfield.ops.triton.launch import Strides, wide
 
