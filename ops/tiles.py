@@ -195,20 +195,20 @@ def _batched(bands: list[Band], keys: int) -> Iterator[Band]:
     for group in alike.values():
         group.sort(key=lambda b: b.queries.start)
         while group:
-            head, rest = group[0], group[1:]
-            taken = [head]
-            for band in rest:
+            head, taken, left = group[0], [group[0]], []
+            for band in group[1:]:
                 gap = (band.queries.start - taken[-1].queries.start, band.keys.start - taken[-1].keys.start)
                 if len(taken) == 1:
                     spacing = gap
                 elif gap != spacing:
+                    left.append(band)
                     continue
                 taken.append(band)
             if len(taken) == 1:
                 yield head
             else:
                 yield replace(head, count=len(taken), query_spacing=spacing[0], key_spacing=spacing[1])
-            group = [b for b in group if all(b is not t for t in taken)]
+            group = left
 
 
 def inverse_axis(axis: Axis) -> Axis:

@@ -4,7 +4,8 @@ A candidate must spill no register, use the matrix units (in half precision), co
 fit the shared memory. Those that also leave room for the planned programs come first. Of them the cheapest are taken,
 where the cost counts instructions issued and bytes moved through the second-level cache for each score of the pattern,
 each at the rate that the kernel study assumes of an H200, added up as if nothing overlapped; and of those that cost
-about the same the one with the fewest instructions a score. Then no other call that takes the row may spill either.
+about the same the one with the fewest instructions a score, weighed against resident warps. Then no other call that
+takes the row may spill either.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ PLAN = (
     "at least 4 beyond, and in float32"
 )
 BYTE = DEVICES["h200"].issue_per_s / DEVICES["h200"].l2_bytes_per_s  # type: ignore[operator]
-ALIKE = 1.1  # costs within this factor of the least count as equal: then the fewest instructions a score decide
+ALIKE = 1.1  # costs within this factor of the least count as equal: then instructions a score and warps decide
+WAITING = 4.0  # what waiting costs, in instructions of every warp over its own, where one warp alone is resident
 WORTH = 1.05  # an architecture gets a row of its own where the row of any architecture costs this much more
 FEW = 3  # candidates that are tried on further architectures
 
@@ -120,6 +122,11 @@ class Figures:
     per_useful_score: float
     cost: float
     wrong: str
+
+    @property
+    def covered(self) -> float:
+        """Instructions a score, and more of them the fewer warps are resident to cover what one of them waits for."""
+        return self.per_score * (1 + WAITING / max(self.compiled.programs() * self.compiled.warps, 1))
 
 
 def figures(row: Row, case: Case, made: Sequence[Launch], arch: str, config: Config) -> Figures:
@@ -245,7 +252,7 @@ class _Site:
         ranked = []
         for _, alike in groupby(sorted(good, key=lambda f: (tier(f), f.cost)), tier):
             group = list(alike)
-            ranked += sorted(group, key=lambda f: (f.cost > ALIKE * group[0].cost, f.per_score))
+            ranked += sorted(group, key=lambda f: (f.cost > ALIKE * group[0].cost, f.covered))
         self.good[row, arch] = ranked
 
     def _first(self, row: Row, arch: str) -> list[Config]:
@@ -261,7 +268,9 @@ class _Site:
         if self.architectures != list(ARCHITECTURES):
             return own[0].config
         same = next((f for f in own if f.config == self._anywhere(row)), None)
-        return own[0].config if same is None or same.cost > WORTH * own[0].cost else same.config
+        if same is None or same.cost > WORTH * own[0].cost or same.covered > WORTH * own[0].covered:
+            return own[0].config
+        return same.config
 
     def _anywhere(self, row: Row) -> Config:
         """Configuration for architectures without rows of their own, which have less shared memory."""

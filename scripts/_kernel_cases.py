@@ -52,6 +52,7 @@ _STATIC: dict[tuple[str, str], tuple[Pattern, int, int]] = {
     ("plane", "table"): (Neighborhood(7), 56, HEADS),
     ("plane", "none"): (Neighborhood(7), 56, HEADS),
     ("plane", "uneven"): (Neighborhood((3, 9)), 56, HEADS),
+    ("plane", "column"): (Neighborhood((9, 1)), 56, HEADS),
     ("plane", "zero keys"): (Halo(8, 3), 56, HEADS),
     ("curve", "table"): (HilbertNeighborhood(49), 56, HEADS),
     ("curve", "none"): (HilbertNeighborhood(49), 56, HEADS),
@@ -147,7 +148,7 @@ def calls(row: Row) -> list[Case]:
 
 
 def _has_table(case: Case) -> bool:
-    return case.terms in ("table", "gathered", "uneven", "zero keys", "positions")
+    return case.terms in ("table", "gathered", "uneven", "column", "zero keys", "positions")
 
 
 @contextmanager

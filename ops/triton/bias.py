@@ -15,9 +15,10 @@ __all__ = ["atlas_kernel", "runs_kernel", "table_kernel"]
 
 @triton.jit
 def atlas_kernel(table, entry, atlas, pairs, HEADS: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
-    """atlas (K, HEADS, pairs): the table's entry of every pair in units of log2(e), -inf where it is masked."""
-    head, kind = tl.program_id(1) % HEADS, tl.program_id(1) // HEADS
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """atlas (K, HEADS, pairs) float32: the table's entry of every pair in units of log2(e), -inf where it is masked."""
+    blocks = tl.cdiv(pairs, BLOCK)
+    head, kind = tl.program_id(0) // blocks % HEADS, tl.program_id(0) // blocks // HEADS
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < pairs
     index = tl.load(entry + kind * pairs + at, mask=inside, other=-1)
     value = tl.load(table + head * ENTRIES + index, mask=index >= 0, other=0.0).to(tl.float32) * LOG2E
@@ -27,8 +28,9 @@ def atlas_kernel(table, entry, atlas, pairs, HEADS: tl.constexpr, ENTRIES: tl.co
 @triton.jit
 def runs_kernel(partial, bounds, summed, pairs, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """summed (K, HEADS, pairs): the partial sums of each kind's runs [bounds[kind], bounds[kind + 1]), in order."""
-    head, kind = tl.program_id(1) % HEADS, tl.program_id(1) // HEADS
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(pairs, BLOCK)
+    head, kind = tl.program_id(0) // blocks % HEADS, tl.program_id(0) // blocks // HEADS
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < pairs
     total = tl.zeros([BLOCK], tl.float32)
     for run in range(tl.load(bounds + kind), tl.load(bounds + kind + 1)):

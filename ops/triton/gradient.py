@@ -20,14 +20,15 @@ from .site import CellPass, Site, TilePass, tile_pass
 __all__ = ["atlas", "cell_bias_gradient", "cell_runs", "displacement_gradient", "tile_bias_gradient"]
 
 PARTIAL_BYTES = 64 << 20  # score gradients held at a time on their way to a table
-BLOCK = 1024  # pairs that one program of the bias kernels takes
+BLOCK = 1024  # pairs of an atlas that one program makes
+RUN_BLOCK = 128  # pairs that one program sums over runs: few, so that many programs share the reading
 
 
-def atlas(site: Site, table: Tensor, entry: Tensor, dtype: torch.dtype) -> Tensor:
-    """Terms (K, heads, M, N) of every kind of tile, from the flat table entry (K, M, N) of every pair."""
+def atlas(site: Site, table: Tensor, entry: Tensor) -> Tensor:
+    """Terms (K, heads, M, N) float32 of every kind of tile, from the flat table entry (K, M, N) of every pair."""
     kinds, pairs = entry.shape[0], entry.shape[1] * entry.shape[2]
-    made = torch.empty(kinds, site.heads, *entry.shape[1:], dtype=dtype, device=site.device)
-    kernels.atlas_kernel[(-(-pairs // BLOCK), kinds * site.heads)](
+    made = torch.empty(kinds, site.heads, *entry.shape[1:], dtype=torch.float32, device=site.device)
+    kernels.atlas_kernel[(-(-pairs // BLOCK) * kinds * site.heads,)](
         table.contiguous(), entry, made, pairs, HEADS=site.heads, ENTRIES=site.entries, BLOCK=BLOCK
     )
     return made
@@ -57,8 +58,8 @@ def _to_table(site: Site, bias: Tensor, partial: Tensor, work: Runs, sources: _S
     """Gradient (heads, entries) float32 from partial sums (runs, heads, M, N)."""
     groups, pairs = work.bounds.shape[0] - 1, partial.shape[2] * partial.shape[3]
     summed = torch.empty(groups, *partial.shape[1:], dtype=torch.float32, device=site.device)
-    kernels.runs_kernel[(-(-pairs // BLOCK), groups * site.heads)](
-        partial, work.bounds, summed, pairs, HEADS=site.heads, BLOCK=BLOCK
+    kernels.runs_kernel[(-(-pairs // RUN_BLOCK) * groups * site.heads,)](
+        partial, work.bounds, summed, pairs, HEADS=site.heads, BLOCK=RUN_BLOCK
     )
     gradient = torch.empty(site.heads, site.entries, dtype=torch.float32, device=site.device)
     kernels.table_kernel[(site.entries, site.heads)](

@@ -100,7 +100,7 @@ def readable(t: Tensor, name: str) -> Tensor:
             "give maps whose rows follow each other and whose last axis is dense",
             stacklevel=2,
         )
-    return t.contiguous()
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def layout(**tensors: Tensor) -> tuple[tuple[str, Strides], ...]:
@@ -135,7 +135,15 @@ def precision(dtype: torch.dtype) -> str:
     """How products are taken: float32 exactly, unless torch.set_float32_matmul_precision allows TF32."""
     if interpreting():
         return "widened"
-    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee" if dtype == torch.float32 and not _tf32_allowed() else "tf32"
+
+
+def _tf32_allowed() -> bool:
+    """PyTorch's switch in either of its spellings; the older refuses to be read once the newer was set."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def cached(key: tuple[Any, ...], device: torch.device, build: Callable[[], Held]) -> Held:
@@ -143,7 +151,14 @@ def cached(key: tuple[Any, ...], device: torch.device, build: Callable[[], Held]
 
     What is used while a CUDA graph is captured is never freed: a replay would read freed memory.
     """
-    found = SCHEDULES.get(key, build)
+
+    def finished() -> Held:
+        made = build()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams read it without waiting
+        return made
+
+    found = SCHEDULES.get(key, finished)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(found)
     return found

@@ -26,10 +26,12 @@ def forward(
 
     The second is empty where `need_lse` is False, and not written by a pattern in cells: its backward pass reads none.
     """
+    out = q.new_empty(*q.shape[:4], v.shape[4])
+    lse = torch.empty(q.shape[:4] if need_lse else 0, dtype=torch.float32, device=q.device)
+    if not q.shape[0]:
+        return out, lse
     q, k, v = readable(q, "q"), readable(k, "k"), readable(v, "v")
     site = make_site(q, k, v, bias, rel_x, pattern, layout(Q=q, K=k, V=v))
-    out = q.new_empty(*q.shape[:4], site.dv)
-    lse = torch.empty(q.shape[:4] if need_lse else 0, dtype=torch.float32, device=q.device)
     cells = cell_pass(site, "window.forward", ("Q", "K", "V"))
     if cells is not None:
         _forward_cells(site, cells, q, k, v, bias, out, scale)
@@ -53,7 +55,7 @@ def _cell_terms(site: Site, cells: CellPass, bias: Tensor | None, other: Tensor)
     """The bias tensor that kernels of cells read, or any tensor where there is none."""
     if bias is None:
         return other
-    return atlas(site, bias, cells.cells.entry, torch.float32) if cells.how == "atlas" else bias.contiguous()
+    return atlas(site, bias, cells.cells.entry) if cells.how == "atlas" else bias.contiguous()
 
 
 def _tile_terms(site: Site, made: TilePass, bias: Tensor | None, other: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def _tile_terms(site: Site, made: TilePass, bias: Tensor | None, other: Tensor) 
         return made.entry
     if bias is None or site.kind is BiasKind.DECOMPOSED:
         return other
-    return bias.contiguous() if made.entry is None else atlas(site, bias, made.entry, site.terms_dtype)
+    return bias.contiguous() if made.entry is None else atlas(site, bias, made.entry)
 
 
 def _forward_tiles(
@@ -84,6 +86,9 @@ def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, pattern: Pattern, scale: float, bias_needs_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Fill dq, dk, dv (all entries are written) and return the gradients of the bias tensors."""
+    if not q.shape[0]:
+        zero = [None if t is None or not bias_needs_grad else torch.zeros_like(t) for t in (bias, rel_x)]
+        return zero[0], zero[1]
     q, k, v, grad = readable(q, "q"), readable(k, "k"), readable(v, "v"), readable(grad, "grad")
     tensors = layout(G=grad, Q=q, K=k, V=v, DQ=dq, DK=dk, DV=dv)
     site = make_site(q, k, v, bias, rel_x, pattern, tensors)

@@ -91,9 +91,11 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, zero_pad: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, W, h, d_v) and log-sum-exp (B, h, regions, tokens) float32."""
+    out = q.new_empty(*q.shape[:4], v.shape[4])
+    lse = torch.empty(q.shape[0], q.shape[3], regions.count, regions.tokens, dtype=torch.float32, device=q.device)
+    if not q.shape[0]:
+        return out, lse
     call = _Call(q, k, v, routes, regions, zero_pad, scale)
-    out = q.new_empty(*q.shape[:4], call.dv)
-    lse = torch.empty(call.batch, call.heads, regions.count, regions.tokens, dtype=torch.float32, device=q.device)
     images, constant = call.common("forward")
     block_sparse.forward_kernel[call.programs("forward"),](
         call.q, call.k, call.v, out, lse, call.routes, call.chosen, scale * LOG2_E,
@@ -107,6 +109,8 @@ def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, regions: Regions, zero_pad: bool, scale: float,
 ) -> None:  # fmt: skip
     """Fill dq, dk and dv (all entries are written)."""
+    if not q.shape[0]:
+        return
     call = _Call(q, k, v, routes, regions, zero_pad, scale)
     grad, sums = readable(grad, "grad"), torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
     images, constant = call.common("query", G=grad, DQ=dq)

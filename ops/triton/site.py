@@ -61,11 +61,6 @@ class Site(NamedTuple):
         return ("plane" if self.pattern.curve is None else "curve", "lookup")
 
     @property
-    def terms_dtype(self) -> torch.dtype:
-        """Dtype of bias and mask of tiles, which are read once a score: halves where q is half, as rounded as q . k."""
-        return torch.float32 if self.dtype == torch.float32 else torch.float16
-
-    @property
     def centre(self) -> int:
         """Entry of displacement 0 in a table of true positions."""
         return (self.height - 1) * (2 * self.width - 1) + self.width - 1
@@ -185,7 +180,9 @@ def _terms(site: Site, plan: Schedule, config: Config, family: str) -> tuple[str
     entry = torch.from_numpy(plan.entries()).to(site.device)
     if site.kind is BiasKind.TABLE:
         return "atlas", entry
-    mask = torch.zeros(entry.shape, dtype=site.terms_dtype, device=site.device)
+    # 0 and -inf are exact in half precision, and half the bytes
+    narrow = torch.float32 if site.dtype == torch.float32 else torch.float16
+    mask = torch.zeros(entry.shape, dtype=narrow, device=site.device)
     return "mask", mask.masked_fill_(entry < 0, -torch.inf)
 
 

@@ -95,17 +95,29 @@ def test_bias_and_mask_come_from_a_table_of_tiles_or_are_looked_up(
 # --- the gradient of a bias table -------------------------------------------------------------------------------------
 
 
-@everywhere("call", [(call,) for call in TABLES], fast=(0, 1, 3), fast_on_gpu=(0, 3))
+# Their slots regroup into displacements.
+ALONG: list[Call] = [
+    (Neighborhood(7), 9, 20, "table"),
+    (Neighborhood(3, 3), 10, 14, "table"),
+    (Neighborhood((6, 2), (1, 3)), 8, 13, "table"),
+    (Neighborhood(6, 2, (6, 3)), 13, 15, "table"),
+    (Window(10, 3), 14, 15, "table"),
+    (Halo(2, 5), 5, 3, "table"),
+    (Halo(4, 2, "zero", 2), 8, 12, "table"),
+    (Axes(Halo(2, 1), Grid(3)), 5, 8, "table"),
+]
+
+
+@everywhere("call", [(call,) for call in ALONG], fast=(5, 6), fast_on_gpu=(0, 3))
 @pytest.mark.parametrize("along", [True, False], ids=["taken along", "in a pass of its own"])
-def test_table_gradients_are_taken_along_or_in_a_pass_of_their_own(
+def test_table_gradients_are_taken_along_or_summed_in_a_pass_of_their_own(
     device: torch.device, call: Call, along: bool, change: Change, launched: Launched
 ) -> None:
     from nearfield.ops.triton import site
 
     change(site, "GRID_COST", 1e9 if along else 0.0)
-    assert_call_matches(device, call, batch=3, heads=2)
-    taken_along = along and call[0].curve is None
-    assert ("neighborhood.bias" in {name for name, _ in launched}) != taken_along
+    assert_call_matches(device, call, batch=3)
+    assert ("neighborhood.bias" in {name for name, _ in launched}) != along
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -123,6 +135,7 @@ def test_score_gradients_too_large_to_hold_are_summed_in_pieces(
     assert pieces > 1 if tiled else pieces == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("size", [1, 1 << 13, 1 << 15])
 def test_pieces_of_any_size_give_the_same_gradient(device: torch.device, size: int, change: Change) -> None:
@@ -264,7 +277,9 @@ class Gaps(Pattern):
 
 
 @pytest.mark.parametrize("kind", ["none", "table", "decomposed"])
-@pytest.mark.parametrize("form", ["", "looked up", "small blocks"])
+@pytest.mark.parametrize(
+    "form", ["", *(pytest.param(f, marks=pytest.mark.slow) for f in ("looked up", "small blocks"))]
+)
 def test_rows_without_a_key_give_zero(device: torch.device, kind: str, form: str, change: Change) -> None:
     from nearfield.ops.triton import local, site
 

@@ -64,6 +64,7 @@ def test_views_with_dense_rows_are_read_in_place(
 
 
 @COPYING
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", COPIED)
 @TWO
 def test_any_other_strides_are_taken(
@@ -180,6 +181,7 @@ def test_a_bias_of_any_strides_is_taken(device: torch.device) -> None:
 # --- sizes of one, sizes of none --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (3, 1), (5, 2)])
 @TWO
 def test_every_number_of_images_and_heads(
@@ -252,6 +254,7 @@ def test_nothing_is_recorded_where_nothing_needs_a_gradient(
         assert torch.equal(evaluated.clone(), out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_training_works_after_evaluation_in_the_same_process(
     device: torch.device, context: Callable[[], Any], change: Callable[..., None]

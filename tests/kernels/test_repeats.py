@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_helpers import DTYPES, HALVES, Call, everywhere, make_routed
+from kernel_helpers import DTYPES, HALVES, Call, make_routed
 from nearfield.ops import Halo, HilbertNeighborhood, HilbertWindow, Neighborhood, Pattern, Window
-from ops_helpers import CASES, EVERY_KIND, make_case
+from ops_helpers import CASES, kinds_of, make_case
 
 REPEATS = 20
 
@@ -22,6 +22,7 @@ def assert_repeats(call: Call) -> None:
 SMALL: list[tuple[Pattern, int, int, str]] = [
     (Window(2, 1), 4, 5, "table"),
     (Neighborhood(3), 4, 5, "table"),
+    (Halo(2, 5), 5, 3, "table"),  # whose gradient the dQ pass takes along
     (Halo(3, 1), 4, 5, "decomposed"),
     (HilbertWindow(5), 3, 4, "positions"),
     (HilbertNeighborhood(5), 4, 5, "positions"),
@@ -42,15 +43,19 @@ def test_twenty_interpreted_routed_runs_are_one(shape: tuple[int, int, int, int]
     assert_repeats(make_routed(*shape, heads=1, batch=1))
 
 
-@everywhere("number", list(range(len(CASES))), fast_on_gpu=(1, 8, 15, 18, 24, 29, 30))
-def test_twenty_runs_of_every_pattern_are_one(device: torch.device, number: int) -> None:
+FAST = (1, 8, 15, 18, 24, 29, 30)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in range(len(CASES))]
+)
+def test_twenty_runs_of_every_pattern_are_one(number: int) -> None:
     """On hardware programs run in any order."""
-    if device.type == "cpu":
-        pytest.skip("the interpreter runs one program after the other: see above")
     pattern, height, width = CASES[number]
-    kind = [kind for p, h, w, kind in EVERY_KIND if (p, h, w) == CASES[number]][1 + number % 2]
+    kind = kinds_of(pattern)[1 + number % 2]
     case = make_case(pattern, 4 * height, 4 * width, kind, batch=4, heads=3, head_dim=32, dtype=HALVES[number % 2])
-    assert_repeats(case.to(device))
+    assert_repeats(case.to(torch.device("cuda")))
 
 
 @pytest.mark.gpu
