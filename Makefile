@@ -9,11 +9,12 @@ PYTEST = $(BIN)/python -m pytest -c tests/pytest.ini
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: help train eval test test-fast lint format clean
+.PHONY: help train eval test test-fast test-gpu lint format clean
 
 help:
 	@echo "make train      train a small NAT on handwritten digits (ARGS='model=swin_nano' to change things)"
 	@echo "make test       run every test;  make test-fast leaves out the slow ones (ARGS='-k window' selects)"
+	@echo "make test-gpu   the tests that need a CUDA device (ARGS='-m gpu' adds the slow ones)"
 	@echo "make lint       ruff and mypy;   make format rewrites files as ruff wants them"
 	@echo "make clean      remove $(VENV) and caches"
 
@@ -51,6 +52,9 @@ test: $(VENV)/.installed-test
 
 test-fast: $(VENV)/.installed-test
 	$(call run_tests, and not slow)
+
+test-gpu: $(VENV)/.installed-test
+	env -u TRITON_INTERPRET $(PYTEST) tests -m "gpu and not slow" $(ARGS)
 
 # mypy needs the root under the package's name; the link gives it that without a copy.
 lint: $(VENV)/.installed-dev

