@@ -202,7 +202,7 @@ class _Site:
             ValueError: no candidate of a row will do, and the kernel has to.
         """
         for arch in ARCHITECTURES:
-            self._ranked(arch, lambda arch=arch: [self._rank(row, arch) for row in self.rows])  # type: ignore[misc]
+            self._ranked(arch, lambda arch=arch: [self._rank(row, arch) for row in self.rows])  # type: ignore[func-returns-value,misc]
         while failing := self._failing():
             for row, arch in failing:
                 self.bad.add((row, arch, self._picked(row, arch)))
@@ -373,7 +373,7 @@ def choose_rows(
         like = replace(
             rows[0], block_d=32 if block_d == 16 else block_d, family="plane" if family == "curve" else family
         )
-        seeds = {}
+        seeds: dict[Any, Any] = {}
         if like != rows[0]:
             for row in rows:
                 other = replace(row, block_d=like.block_d, family=like.family)

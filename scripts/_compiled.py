@@ -92,7 +92,7 @@ def recorded(arch: str = "sm_90", rows: Mapping[str, Config] | None = None) -> I
     given = rows or {}
 
     def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options: dict[str, int] = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(self, arguments, options, tuple(grid)))
 

@@ -202,8 +202,8 @@ def _call_static(case: Case) -> None:
         bias_kind(bias, rel_x, resolve(pattern, side, side), heads, case.d) is BiasKind.POSITIONS
     )
     out, lse = local.forward(q, k, v, bias, rel_x, pattern, SCALE)
-    gradients = [torch.empty_like(t) for t in (q, k, v)]
-    local.backward(grad, q, k, v, bias, rel_x, out, lse, *gradients, pattern, SCALE, bias is not None)
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    local.backward(grad, q, k, v, bias, rel_x, out, lse, dq, dk, dv, pattern, SCALE, bias is not None)
 
 
 def _call_routed(case: Case) -> None:
@@ -212,8 +212,8 @@ def _call_routed(case: Case) -> None:
     regions = cut_regions(side, side, None, size)
     routes = torch.zeros(BATCH, regions.count, topk, dtype=torch.int64)
     out, lse = routed.forward(q, k, v, routes, regions, zero_pad, SCALE)
-    gradients = [torch.empty_like(t) for t in (q, k, v)]
-    routed.backward(grad, q, k, v, routes, out, lse, *gradients, regions, zero_pad, SCALE)
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    routed.backward(grad, q, k, v, routes, out, lse, dq, dk, dv, regions, zero_pad, SCALE)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,11 @@ def rows_for(arch: str) -> list[str]:
 
 
 def is_fast(arch: str, name: str) -> bool:
-    op, precision, block_d, family = name.split()
+    _, precision, block_d, family = name.split()
     if precision != "half":
         return False
-    return block_d == "32" and (arch == "sm_90" or family in HOT) or (arch, block_d, family) == ("sm_90", "64", "plane")
+    hot = block_d == "32" and (arch == "sm_90" or family in HOT)
+    return hot or (arch, block_d, family) == ("sm_90", "64", "plane")
 
 
 EVERY = [(arch, name) for arch in ARCHITECTURES for name in rows_for(arch)]
@@ -81,7 +82,7 @@ def row_called(tools: SimpleNamespace, name: str) -> Any:
 def check(tools: SimpleNamespace, name: str, arch: str) -> Any:
     """Compile the usual call of a row and hold against it what every shipped configuration must keep."""
     row = row_called(tools, name)
-    case, config, launches = tools.choose.shipped(row, arch)
+    _, config, launches = tools.choose.shipped(row, arch)
     made = tools.compiled.compile_launch(launches[0], arch)
     assert made.spill_bytes == 0
     assert made.shared_bytes <= tools.compiled.PROCESSORS[arch].program_shared
