@@ -46,7 +46,7 @@ PLAN = (
     "float32"
 )
 BYTE = DEVICES["h200"].issue_per_s / DEVICES["h200"].l2_bytes_per_s  # type: ignore[operator]
-ALIKE = 1.1  # costs within this factor of the least count as equal: then instructions a score and warps decide
+ALIKE = 1.25  # costs within this factor of the least count as equal, the rates being assumed: then instructions decide
 WAITING = 4.0  # what waiting costs, in instructions of every warp over its own, where one warp alone is resident
 WORTH = 1.05  # an architecture gets a row of its own where the row of any architecture costs this much more
 FEW = 3  # candidates that are tried on further architectures

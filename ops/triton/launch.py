@@ -90,11 +90,11 @@ def _strides(t: Tensor) -> Strides | None:
     return None if broadcast or (d > 1 and channel != 1) else found
 
 
-def readable(t: Tensor, name: str) -> Tensor:
-    """The tensor, or a contiguous copy where kernels cannot address it; says so once."""
+def readable(t: Tensor, name: str = "") -> Tensor:
+    """The tensor, or a contiguous copy where kernels cannot address it; says so where it has a name."""
     if _strides(t) is not None and t.data_ptr() % 16 == 0:
         return t
-    if name != "grad":  # autograd makes its own layouts; nobody can do anything about them
+    if name:
         warnings.warn(
             f"nearfield's kernels cannot read {name} of strides {tuple(t.stride())} in place and copy it: "
             "give maps whose rows follow each other and whose last axis is dense",

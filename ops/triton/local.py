@@ -24,7 +24,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, H, W, h, d_v) in q's dtype and the log-sum-exp (B, H, W, h) of every query's scores.
 
-    The second is empty where `need_lse` is False, and not written by a pattern in cells: its backward pass reads none.
+    The second is empty where `need_lse` is False, and 0 for a pattern in cells: its backward pass reads none.
     """
     out = q.new_empty(*q.shape[:4], v.shape[4])
     lse = torch.empty(q.shape[:4] if need_lse else 0, dtype=torch.float32, device=q.device)
@@ -34,6 +34,7 @@ def forward(
     site = make_site(q, k, v, bias, rel_x, pattern, layout(Q=q, K=k, V=v))
     cells = cell_pass(site, "window.forward", ("Q", "K", "V"))
     if cells is not None:
+        lse.zero_()
         _forward_cells(site, cells, q, k, v, bias, out, scale)
     else:
         _forward_tiles(site, q, k, v, bias, _Decomposed(site, q, bias, rel_x), out, lse, scale, need_lse)
@@ -89,7 +90,7 @@ def backward(
     if not q.shape[0]:
         zero = [None if t is None or not bias_needs_grad else torch.zeros_like(t) for t in (bias, rel_x)]
         return zero[0], zero[1]
-    q, k, v, grad = readable(q, "q"), readable(k, "k"), readable(v, "v"), readable(grad, "grad")
+    q, k, v, grad = readable(q), readable(k), readable(v), readable(grad)  # the forward pass has said so
     tensors = layout(G=grad, Q=q, K=k, V=v, DQ=dq, DK=dk, DV=dv)
     site = make_site(q, k, v, bias, rel_x, pattern, tensors)
     cells = cell_pass(site, "window.backward", tuple(name for name, _ in tensors))
@@ -188,4 +189,4 @@ class _Decomposed:
                 return None, None
             rows = self.gradient.flatten(0, 3).transpose(0, 1)
             dy, dx = torch.matmul(rows, self.q.reshape(-1, self.site.d)).split(list(self.site.rel_rows))
-        return dy.to(self.given[0].dtype), dx.to(self.given[1].dtype)
+        return dy.to(self.given[0].dtype, copy=True), dx.to(self.given[1].dtype, copy=True)  # not views of one product

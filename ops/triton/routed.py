@@ -23,10 +23,11 @@ class _Call:
     """Inputs as kernels read them, and the choice between lists of regions and a mask of bits."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, zero_pad: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, zero_pad: bool, *, forward: bool
     ) -> None:
-        self.q, self.k, self.v = readable(q, "q"), readable(k, "k"), readable(v, "v")
-        self.routes, self.regions, self.scale = routes.contiguous(), regions, scale
+        names = ("q", "k", "v") if forward else ("", "", "")
+        self.q, self.k, self.v = (readable(t, name) for t, name in zip((q, k, v), names, strict=True))
+        self.routes, self.regions = routes.contiguous(), regions
         self.zero_keys = zero_pad and any(regions.padding)
         self.batch, self.heads, self.topk = q.shape[0], q.shape[3], routes.shape[2]
         self.d, self.dv = q.shape[4], v.shape[4]
@@ -95,7 +96,7 @@ def forward(
     lse = torch.empty(q.shape[0], q.shape[3], regions.count, regions.tokens, dtype=torch.float32, device=q.device)
     if not q.shape[0]:
         return out, lse
-    call = _Call(q, k, v, routes, regions, zero_pad, scale)
+    call = _Call(q, k, v, routes, regions, zero_pad, forward=True)
     images, constant = call.common("forward")
     block_sparse.forward_kernel[call.programs("forward"),](
         call.q, call.k, call.v, out, lse, call.routes, call.chosen, scale * LOG2_E,
@@ -111,8 +112,8 @@ def backward(
     """Fill dq, dk and dv (all entries are written)."""
     if not q.shape[0]:
         return
-    call = _Call(q, k, v, routes, regions, zero_pad, scale)
-    grad, sums = readable(grad, "grad"), torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
+    call = _Call(q, k, v, routes, regions, zero_pad, forward=False)
+    grad, sums = readable(grad), torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
     images, constant = call.common("query", G=grad, DQ=dq)
     block_sparse.query_kernel[call.programs("query"),](
         grad, call.q, call.k, call.v, out, lse, dq, sums, call.routes, call.chosen, scale * LOG2_E, scale,

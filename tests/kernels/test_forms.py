@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kernel_helpers import assert_matches, everywhere, make_routed
+from kernel_helpers import SLOW_ON_GPU, assert_matches, everywhere, make_routed
 from nearfield.ops import (
     Axes,
     Full,
@@ -24,7 +25,7 @@ from nearfield.ops import (
     Window,
 )
 from nearfield.ops.patterns import Axis
-from nearfield.ops.triton.configs import SHIPPED, Config, choose, override, read_table
+from nearfield.ops.triton.configs import SHIPPED, Config, choose, known, override, read_table
 from ops_helpers import make_case
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -135,6 +136,7 @@ def test_score_gradients_too_large_to_hold_are_summed_in_pieces(
     assert pieces > 1 if tiled else pieces == 0
 
 
+@SLOW_ON_GPU
 @pytest.mark.slow
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("size", [1, 1 << 13, 1 << 15])
@@ -160,6 +162,7 @@ def test_offsets_of_64_bits_give_the_same_result(
     assert constants(launched, "", "WIDE") == {True}
 
 
+@SLOW_ON_GPU
 def test_routed_offsets_of_64_bits_give_the_same_result(
     device: torch.device, change: Change, launched: Launched
 ) -> None:
@@ -224,6 +227,7 @@ def test_every_size_of_block_routes_the_same(
     assert constants(launched, "block_sparse.key", "BLOCK_M") == {m}
 
 
+@SLOW_ON_GPU
 @pytest.mark.parametrize("run", [1, 2, 3, 64])
 def test_a_program_may_take_any_number_of_images_or_cells(device: torch.device, run: int) -> None:
     """More than there are, or some that do not divide their number."""
@@ -232,32 +236,57 @@ def test_a_program_may_take_any_number_of_images_or_cells(device: torch.device, 
             assert_call_matches(device, call, batch=4)
 
 
+ARCHITECTURES = ("cpu", "sm_80", "sm_90", "sm_100", "gfx942", "sm_999")
 PRECISIONS, HEAD_DIMS = ("half", "float"), (16, 32, 64, 128)
 FAMILIES = {
     **{f"window.{op}": ("cell16", "cell32", "cell64") for op in ("forward", "backward")},
-    **{f"neighborhood.{op}": ("plane", "curve") for op in ("forward", "query", "key", "bias")},
+    **{f"neighborhood.{op}": ("plane", "curve", "lookup") for op in ("forward", "query", "key", "bias")},
     **{f"routing.{op}": ("region16", "region32", "region64") for op in ("forward", "query", "key")},
 }
 
 
-@pytest.mark.parametrize("op", FAMILIES)
-def test_every_call_has_a_shipped_configuration(op: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+@pytest.fixture
+def _shipped_rows_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("NEARFIELD_TUNED", str(tmp_path / "none.json"))
-    choose.cache_clear()
-    for arch in ("cpu", "sm_80", "sm_90", "sm_100", "gfx942", "sm_999"):
-        for precision in PRECISIONS:
-            for head_dim in HEAD_DIMS:
-                for family in FAMILIES[op]:
-                    choose(op, arch, precision, head_dim, family)  # or a ValueError
-    choose.cache_clear()
+    with override({}):
+        yield
+
+
+@pytest.mark.usefixtures("_shipped_rows_only")
+@pytest.mark.parametrize("op", [op for op in FAMILIES if not op.startswith("window")])
+def test_every_call_has_a_shipped_configuration(op: str) -> None:
+    for arch, precision, head_dim, family in product(ARCHITECTURES, PRECISIONS, HEAD_DIMS, FAMILIES[op]):
+        assert known(op, arch, precision, head_dim, family)
+        choose(op, arch, precision, head_dim, family)
+
+
+@pytest.mark.usefixtures("_shipped_rows_only")
+def test_the_windows_of_published_models_are_held_whole() -> None:
+    """Larger windows or heads may be cut into tiles, windows of 7 tokens and heads of 32 channels may not."""
+    for arch, op in product(ARCHITECTURES, ("window.forward", "window.backward")):
+        assert known(op, arch, "half", 32, "cell64")
+        assert all(known(op, "cpu", *rest) for rest in product(PRECISIONS, HEAD_DIMS, FAMILIES[op]))
 
 
 def test_every_shipped_row_belongs_to_a_kernel() -> None:
-    keys = json.loads(SHIPPED.read_text(encoding="utf-8"))["configs"]
-    for op, _, precision, head_dim, family in (key.split() for key in keys):
+    for op, arch, precision, head_dim, family in (key.split() for key in read_table(SHIPPED)):
+        assert arch in (*ARCHITECTURES, "*")
         assert family in FAMILIES[op]
         assert precision in PRECISIONS
         assert int(head_dim) in HEAD_DIMS
+
+
+@pytest.mark.parametrize("missing", ["window.forward", "window.backward", "window"])
+def test_windows_without_a_configuration_are_cut_into_tiles_in_both_passes(
+    device: torch.device, missing: str, change: Change, launched: Launched
+) -> None:
+    """Window kernels leave no log-sum-exp behind for tiles to read."""
+    from nearfield.ops.triton import site
+
+    change(site, "known", lambda op, *_: not op.startswith(missing))
+    for call in CELLS:
+        assert_call_matches(device, call)
+    assert not {name for name, _ in launched if name.startswith("window")}
 
 
 # --- rows without a key -----------------------------------------------------------------------------------------------
@@ -276,6 +305,7 @@ class Gaps(Pattern):
         return Axis(np.minimum(start, n), np.minimum(stop, n), 1, place, 1, n, place, 1)
 
 
+@SLOW_ON_GPU
 @pytest.mark.parametrize("kind", ["none", "table", "decomposed"])
 @pytest.mark.parametrize(
     "form", ["", *(pytest.param(f, marks=pytest.mark.slow) for f in ("looked up", "small blocks"))]

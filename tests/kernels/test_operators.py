@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from kernel_helpers import everywhere
+from kernel_helpers import SLOW_ON_GPU, everywhere
 from nearfield.ops import Full, Halo, HilbertWindow, Neighborhood, Pattern, Window, local_attention, routing_attention
 from ops_helpers import (
     OP_KINDS,
@@ -56,6 +56,7 @@ def test_routing_attention_passes_opcheck(device: torch.device, packed: bool, ze
     torch.library.opcheck(OPS.routing_attention_backward.default, moved((*arguments, "triton"), device))
 
 
+@SLOW_ON_GPU
 def test_fake_outputs_have_the_sizes_and_strides_of_real_ones(device: torch.device) -> None:
     for pattern, kind in OP_KINDS:
         for training in (False, True):
@@ -120,6 +121,7 @@ def test_compiled_whole_equals_eager_in_both_passes(device: torch.device, patter
         torch.testing.assert_close(compiled(x), model(x))
 
 
+@SLOW_ON_GPU
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_export_keeps_the_operators_and_their_result(device: torch.device) -> None:
     model = Block(Neighborhood(3, 2), "table", (6, 7)).requires_grad_(False).to(device)
@@ -133,6 +135,7 @@ def test_export_keeps_the_operators_and_their_result(device: torch.device) -> No
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+@SLOW_ON_GPU
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointed_gradients_are_the_plain_ones(device: torch.device, use_reentrant: bool) -> None:
     for pattern in (Window(3), Neighborhood(3)):
@@ -149,6 +152,7 @@ def test_checkpointed_gradients_are_the_plain_ones(device: torch.device, use_ree
         assert torch.equal(table.grad, plain[1])
 
 
+@SLOW_ON_GPU
 def test_flops_do_not_depend_on_the_backend(device: torch.device) -> None:
     for pattern in (Window(3), Neighborhood(3), Full()):
         counted = []

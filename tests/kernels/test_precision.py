@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_helpers import HALVES, assert_matches, everywhere, largest, make_routed
+from kernel_helpers import HALVES, SLOW_ON_GPU, assert_matches, everywhere, largest, make_routed
 from nearfield.ops import (
     Halo,
     HilbertNeighborhood,
@@ -104,6 +104,7 @@ def test_a_bias_has_a_dtype_of_its_own(
     assert_matches(case.to(device))
 
 
+@SLOW_ON_GPU
 @pytest.mark.parametrize("pattern", [Window((1, 2)), Neighborhood((1, 2)), HilbertWindow(2)], ids=str)
 def test_a_float32_table_beside_half_precision_inputs_is_not_rounded(device: torch.device, pattern: Pattern) -> None:
     """In bfloat16 both entries would be 100: equal weights."""
@@ -130,6 +131,7 @@ def test_table_gradients_are_summed_in_float32(device: torch.device, pattern: Pa
     assert largest(got.double().cpu() - want) <= 4 * torch.finfo(torch.bfloat16).eps * largest(want)
 
 
+@SLOW_ON_GPU
 @pytest.mark.parametrize("scale", [0.0, -0.5, 1.0, 30.0])
 def test_any_scale(device: torch.device, scale: float) -> None:
     for i, small in enumerate(SMALL[: 2 if device.type == "cpu" else 5]):

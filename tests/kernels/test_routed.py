@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_helpers import HALVES, Routed, assert_matches, everywhere, make_routed
+from kernel_helpers import HALVES, SLOW_ON_GPU, Routed, assert_matches, everywhere, make_routed
 from nearfield.ops import routing_attention
 from torch import Tensor
 
@@ -82,6 +82,7 @@ ROUTES: dict[str, list[list[int]]] = {
 }
 
 
+@SLOW_ON_GPU
 @pytest.mark.parametrize("dense", [False, True], ids=["lists", "bits"])
 @pytest.mark.parametrize("name", ROUTES)
 def test_any_routes(device: torch.device, name: str, dense: bool, change: Change, launched: Launched) -> None:
@@ -105,6 +106,7 @@ def choose_form(change: Change, dense: bool) -> None:
         change(routed, "LOAD_SCORES", 1 << 20)  # tiles are what costs
 
 
+@SLOW_ON_GPU
 @pytest.mark.parametrize("topk", [1, 3])
 def test_both_forms_give_one_result(device: torch.device, topk: int, change: Change, launched: Launched) -> None:
     call = make_routed(9, 14, 4, topk, batch=1).to(device)
@@ -117,6 +119,7 @@ def test_both_forms_give_one_result(device: torch.device, topk: int, change: Cha
     torch.testing.assert_close(results[0], results[1])
 
 
+@SLOW_ON_GPU
 def test_packed_gradients_are_the_stack_of_the_separate_ones(device: torch.device) -> None:
     packed = make_routed(7, 9, 3, 2, packed=True).to(device)
     (qkv,) = packed.leaves

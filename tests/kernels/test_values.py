@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_helpers import DTYPES, assert_matches, everywhere
+from kernel_helpers import DTYPES, SLOW_ON_GPU, assert_matches, everywhere
 from nearfield.ops import (
     Axes,
     Full,
@@ -99,6 +99,7 @@ def test_a_program_takes_many_windows_of_many_images(
     assert {name for name, _ in launched if name.endswith("backward")} == {"window.backward"}
 
 
+@SLOW_ON_GPU
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (1, 37)], ids=str)
 def test_maps_of_one_row_or_one_token(device: torch.device, size: tuple[int, int]) -> None:
     for i, pattern in enumerate((Window(4, 1), Grid(3), Neighborhood(1), Halo(4, 2), Slide(3), HilbertWindow(4, 1))):
