@@ -1,1 +1,1 @@
-"""Fused Triton kernels. Nothing here is imported, Triton least of all, until a kernel is asked for."""
+"""Fused Triton kernels. No kernel is imported, nor Triton itself, until one is asked for."""

@@ -93,7 +93,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, W, h, d_v) and log-sum-exp (B, h, regions, tokens) float32."""
     out = q.new_empty(*q.shape[:4], v.shape[4])
-    lse = torch.empty(q.shape[0], q.shape[3], regions.count, regions.tokens, dtype=torch.float32, device=q.device)
+    made = torch.zeros if any(regions.padding) else torch.empty  # what short regions lack is not written
+    lse = made(q.shape[0], q.shape[3], regions.count, regions.tokens, dtype=torch.float32, device=q.device)
     if not q.shape[0]:
         return out, lse
     call = _Call(q, k, v, routes, regions, zero_pad, forward=True)

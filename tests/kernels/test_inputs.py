@@ -64,8 +64,10 @@ def test_views_with_dense_rows_are_read_in_place(
 
 
 @COPYING
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", COPIED)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[] if name == "part of a larger map" else [pytest.mark.slow]) for name in COPIED],
+)
 @TWO
 def test_any_other_strides_are_taken(
     device: torch.device, layout: str, pattern: Pattern, height: int, width: int, kind: str
