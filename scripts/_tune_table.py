@@ -48,7 +48,9 @@ class Table:
 
     def default(self, row: Row) -> Config:
         """The shipped configuration of a row."""
-        return next(self.shipped[key] for key in (row.key(self.arch), row.key("*")) if key in self.shipped)
+        # cells that fit no registers have a row for the interpreter alone: tuning may find them one
+        keys = (row.key(self.arch), row.key("*"), row.key("cpu"))
+        return next(self.shipped[key] for key in keys if key in self.shipped)
 
     def current(self, row: Row) -> Config:
         """What a call takes with this file."""
