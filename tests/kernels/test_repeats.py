@@ -20,7 +20,7 @@ def assert_repeats(call: Call) -> None:
 
 
 SMALL: list[tuple[Pattern, int, int, str]] = [
-    (Window(2, 1), 4, 5, "table"),
+    (Window(2, 1), 2, 3, "table"),
     (Neighborhood(3), 4, 5, "table"),
     (Halo(2, 5), 5, 3, "table"),  # whose gradient the dQ pass takes along
     (Halo(3, 1), 4, 5, "decomposed"),
