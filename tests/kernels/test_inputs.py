@@ -26,7 +26,11 @@ SMALL: list[tuple[Pattern, int, int, str]] = [
     (HilbertNeighborhood(5), 4, 5, "positions"),
     (Neighborhood(3, 2), 7, 6, "none"),
 ]
-EVERY = pytest.mark.parametrize(("pattern", "height", "width", "kind"), SMALL, ids=ident)
+EVERY = pytest.mark.parametrize(
+    ("pattern", "height", "width", "kind"),
+    [pytest.param(*small, marks=[] if n in (1, 2, 4) else [pytest.mark.slow]) for n, small in enumerate(SMALL)],
+    ids=ident,
+)
 SILENT = pytest.mark.filterwarnings("error:nearfield's kernels cannot read")
 COPYING = pytest.mark.filterwarnings("ignore:nearfield's kernels cannot read")
 TWO = pytest.mark.parametrize(("pattern", "height", "width", "kind"), SMALL[:2], ids=ident)
@@ -84,6 +88,7 @@ def notices(call: Callable[[], Any]) -> list[str]:
     return [str(w.message) for w in caught if "nearfield" in str(w.message)]
 
 
+@COPYING  # of what is run after the notices were counted
 def test_a_copy_is_noticed_once_for_each_tensor(device: torch.device) -> None:
     case = make_case(Neighborhood(3), 5, 6, "table", batch=2, dtype=torch.float32)
     crops = as_leaves(case, *LAYOUTS["part of a larger map"]).to(device)
@@ -102,6 +107,7 @@ def test_a_copy_is_noticed_once_for_each_tensor(device: torch.device) -> None:
     assert_matches(crops_of_routed)
 
 
+@COPYING
 def test_a_tensor_that_starts_anywhere_in_memory_is_taken(device: torch.device) -> None:
     """Its pointer is not a multiple of 16 bytes."""
     case = make_case(Window(3), 5, 6, "table", heads=1, dtype=torch.bfloat16)

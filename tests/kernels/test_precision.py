@@ -119,7 +119,7 @@ def test_a_float32_table_beside_half_precision_inputs_is_not_rounded(device: tor
     assert largest(got - weight) < torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("pattern", [Window(8), Neighborhood(3)], ids=str)
+@pytest.mark.parametrize("pattern", [Window(8), pytest.param(Neighborhood(3), marks=pytest.mark.slow)], ids=str)
 def test_table_gradients_are_summed_in_float32(device: torch.device, pattern: Pattern) -> None:
     """Hundreds of equal terms: a bfloat16 sum would stop growing at 256 of them."""
     case = make_case(pattern, 16, 32, "table", heads=1, dtype=torch.bfloat16)

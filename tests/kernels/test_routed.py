@@ -107,7 +107,7 @@ def choose_form(change: Change, dense: bool) -> None:
 
 
 @SLOW_ON_GPU
-@pytest.mark.parametrize("topk", [1, 3])
+@pytest.mark.parametrize("topk", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_both_forms_give_one_result(device: torch.device, topk: int, change: Change, launched: Launched) -> None:
     call = make_routed(9, 14, 4, topk, batch=1).to(device)
     results = []

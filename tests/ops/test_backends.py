@@ -41,6 +41,13 @@ from ops_helpers import (
 )
 from torch import Tensor
 
+
+def test_every_pattern_is_among_the_cases() -> None:
+    """A new one is tested by everything that walks through them, kernels included."""
+    known = {kind for kind in Pattern.__subclasses__() if kind.__module__ == Pattern.__module__}
+    assert {type(pattern) for pattern, _, _ in CASES} == known
+
+
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 
