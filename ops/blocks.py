@@ -199,7 +199,7 @@ class Curve:
             runs = np.arange(*block.y)[:, None] * place.spacing[0] + place.rows.coordinates()
             return torch.from_numpy(curve_order(self.name, *self.size)[runs.ravel()]).to(t.device)
 
-        return SCHEDULES.get((self.name, self.size, block.y, place, t.device), build)
+        return SCHEDULES.get((self.name, self.size, block.y, place, t.device), build, t.device)
 
     def read(self, t: Tensor, block: Block, place: Place) -> Tensor:
         """The part at `place`, (b, cy, 1, l, 1, ...)."""

@@ -37,7 +37,7 @@ class TileScores:
             allowed = torch.from_numpy(_pairs(y.allowed, x.allowed)).to(self.device)
             return torch.zeros(allowed.shape, dtype=self.compute, device=self.device).masked_fill_(~allowed, -torch.inf)
 
-        return SCHEDULES.get(("mask", y, x, self.compute, self.device), build)[None, None]
+        return SCHEDULES.get(("mask", y, x, self.compute, self.device), build, self.device)[None, None]
 
     def collect(self, block: Block, tile: Tile, q: Tensor, ds: Tensor, dq: Tensor) -> None:
         """Take the gradient (n, h, L, S) of a tile's scores; add to dq (n, h, L, d) what the bias sends back to q."""
@@ -71,7 +71,7 @@ class TableScores(TileScores):
             masked = ~_pairs(y.allowed, x.allowed)
             return torch.from_numpy(np.where(masked, self.table.shape[1] - 1, index).ravel()).to(self.device)
 
-        return SCHEDULES.get(("table", y, x, reach, self.device), build)
+        return SCHEDULES.get(("table", y, x, reach, self.device), build, self.device)
 
     def mask(self, block: Block, tile: Tile, q: Tensor) -> Tensor | None:
         y, x = tile.shape, block.column.tiles[0].shape
@@ -111,7 +111,7 @@ class PositionScores(TileScores):
             return torch.from_numpy(position_index(self.resolved, queries, keys)).to(self.device)
 
         key = ("positions", self.resolved.pattern.curve, self.resolved.height, self.resolved.width)
-        return SCHEDULES.get((*key, row, block.y, tile, self.device), build)
+        return SCHEDULES.get((*key, row, block.y, tile, self.device), build, self.device)
 
     def mask(self, block: Block, tile: Tile, q: Tensor) -> Tensor | None:
         entries = self.table[:, self._index(block, tile)].transpose(0, 1)  # (cy, h, L, S)
@@ -141,7 +141,7 @@ class DecomposedScores(TileScores):
         def build() -> Tensor:
             return torch.from_numpy(np.clip(shape.displacement(decomposed=True) + reach, 0, 2 * reach)).to(self.device)
 
-        return SCHEDULES.get(("decomposed", shape, reach, self.device), build)
+        return SCHEDULES.get(("decomposed", shape, reach, self.device), build, self.device)
 
     def _shapes(self, block: Block, tile: Tile) -> tuple[TileShape, TileShape]:
         return tile.shape, block.column.tiles[0].shape

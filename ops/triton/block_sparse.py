@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, image_base, load_sums, load_vectors, product, store_sums, store_vectors
+from .primitives import LOG2E, SIZES, image_base, load_sums, load_vectors, product, store_sums, store_vectors
 
 __all__ = ["forward_kernel", "key_kernel", "query_kernel"]
 
@@ -108,7 +108,7 @@ def _masked(
     return tl.where(allowed, score, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse, routes, chosen, scale, q_image, k_image, v_image,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -157,7 +157,7 @@ def forward_kernel(
     tl.store(lse + row, (peak + tl.log2(total)) / LOG2E, mask=present_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     grad, q, k, v, out, lse, dq, sums, routes, chosen, scale, softmax_scale,
     g_image, q_image, k_image, v_image, dq_image,
@@ -207,7 +207,7 @@ def query_kernel(
     store_vectors(dq_at, token_m, present_m, gradient * softmax_scale, DQ_TOKEN, D, BLOCK_D, WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     grad, q, k, v, sums, dk, dv, chosen_by, bounds, chosen, scale, softmax_scale,
     g_image, q_image, k_image, v_image, dk_image, dv_image,

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..bias import BiasKind
+from ..cache import SCHEDULES
 from ..curves import curve_order
 from . import bias as kernels
 from . import neighborhood
-from .launch import cached
-from .schedule import ABSENT, Runs, runs
+from .runs import Runs, runs
+from .schedule import ABSENT, Schedule
 from .site import CellPass, Site, TilePass, tile_pass
 
 __all__ = ["atlas", "cell_bias_gradient", "cell_runs", "displacement_gradient", "tile_bias_gradient"]
 
 PARTIAL_BYTES = 64 << 20  # score gradients held at a time on their way to a table
+BUSY = 1024  # programs that keep a device busy: runs are shorter where there would be fewer
 BLOCK = 1024  # pairs of an atlas that one program makes
 RUN_BLOCK = 128  # pairs that one program sums over runs: few, so that many programs share the reading
 
@@ -36,7 +40,7 @@ def atlas(site: Site, table: Tensor, entry: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Sources:
-    """For each table entry the flat places that add to it: places[bounds[e]:bounds[e + 1]], in order."""
+    """For each table entry the flat places (int32) that add to it: places[bounds[e]:bounds[e + 1]], in order."""
 
     places: Tensor
     bounds: Tensor
@@ -49,9 +53,9 @@ class _Sources:
 
 def _sources(entry: Tensor, entries: int) -> _Sources:
     """Places of every table entry in `entry`, whose masked pairs are -1."""
-    ordered, places = entry.flatten().long().sort(stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(entries + 1, device=entry.device))
-    return _Sources(places, bounds.int())
+    ordered, places = entry.flatten().sort(stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(entries + 1, dtype=entry.dtype, device=entry.device))
+    return _Sources(places.int(), bounds.int())
 
 
 def _to_table(site: Site, bias: Tensor, partial: Tensor, work: Runs, sources: _Sources) -> Tensor:
@@ -79,15 +83,31 @@ def _positions(site: Site, queries: Tensor, keys: Tensor, allowed: Tensor) -> Te
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def cell_runs(site: Site, cells: CellPass, batch: int) -> Runs:
-    """Runs of cells over a batch; cached."""
-    key = (site, "cell runs", batch, cells.config.run)
-    return cached(key, site.device, lambda: runs(cells.groups, batch, cells.config.run, site.device))
+def cell_runs(site: Site, cells: CellPass, batch: int, *, summed: bool = False) -> Runs:
+    """Runs of cells over a batch; cached. summed: the score gradients of each run are held, in PARTIAL_BYTES."""
+    groups = cells.groups
+    items = cells.cells.first.shape[0] * batch
+    length = min(cells.config.run, max(1, items * site.heads // BUSY))
+    if summed:
+        slots = cells.cells.offset.shape[1]
+        at_once = PARTIAL_BYTES // (slots * slots * site.heads * 4)
+        length = max(length, -(-items // max(1, at_once - len(groups))))
+    key = ("runs", *_map(site), cells.how, batch, length)
+    return SCHEDULES.get(key, lambda: runs(groups, batch, length, site.device), site.device)
+
+
+def _map(site: Site) -> tuple[Any, ...]:
+    """What the places of a site's tokens and of its table entries follow from."""
+    return site.pattern, site.height, site.width, site.kind, site.device
 
 
 def cell_bias_gradient(site: Site, cells: CellPass, bias: Tensor, partial: Tensor, work: Runs) -> Tensor:
     """Gradient of a bias table from the sums (runs, heads, M, M) of a backward pass over cells."""
-    sources = cached((site, "cell sources"), site.device, lambda: _sources(_cell_entries(site, cells), site.entries))
+
+    def build() -> _Sources:
+        return _sources(_cell_entries(site, cells), site.entries)
+
+    sources = SCHEDULES.get(("cell sources", *_map(site)), build, site.device)
     return _to_table(site, bias, partial, work, sources).view(bias.shape).to(bias.dtype)
 
 
@@ -114,16 +134,21 @@ def displacement_gradient(bias: Tensor, partial: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Tiles whose score gradients are summed in one launch: sorted by group, cut in runs, with their sources."""
+    """Tiles whose score gradients are summed in one launch, sorted by group, and the places these are summed from.
+
+    Attributes:
+        members: (T,) int32, the tiles.
+        groups: (kind, where the group begins in `members`, its tiles) of tiles that share their table entries.
+    """
 
     members: Tensor
-    work: Runs
+    groups: tuple[tuple[int, int, int], ...]
     sources: _Sources
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.members.nbytes + self.work.nbytes + self.sources.nbytes
+        return self.members.nbytes + self.sources.nbytes
 
 
 def tile_bias_gradient(
@@ -135,45 +160,48 @@ def tile_bias_gradient(
     plan = own.plan
     blocks = plan.streamed.shape[2] // own.config.block_n
     total: Tensor | None = None
-    for piece in _pieces(site, own, q.shape[0]):
-        size = (piece.work.table.shape[0], site.heads, own.config.block_m, plan.streamed.shape[2])
+    for piece, work in _pieces(site, own, q.shape[0]):
+        size = (work.table.shape[0], site.heads, own.config.block_m, plan.streamed.shape[2])
         partial = torch.empty(size, dtype=torch.float32, device=site.device)
         neighborhood.bias_kernel[(size[0] * site.heads * blocks,)](
-            grad, q, k, v, sums, partial, piece.work.table, piece.members, plan.tiles, plan.resident,
+            grad, q, k, v, sums, partial, work.table, piece.members, plan.tiles, plan.resident,
             plan.streamed, own.order, terms, own.codes, q, q.shape[1] * q.shape[2], scale, *own.images,
             ZERO_KEYS=plan.zero_keys, **own.constants,
         )  # fmt: skip
-        part = _to_table(site, bias, partial, piece.work, piece.sources)
+        part = _to_table(site, bias, partial, work, piece.sources)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total.view(bias.shape).to(bias.dtype)
 
 
-def _pieces(site: Site, made: TilePass, batch: int) -> Iterator[_Piece]:
-    """All tiles, in pieces whose score gradients fit PARTIAL_BYTES; cached."""
+def _pieces(site: Site, made: TilePass, batch: int) -> Iterator[tuple[_Piece, Runs]]:
+    """All tiles, in pieces whose score gradients fit PARTIAL_BYTES, and the runs of each; cached."""
     pairs = made.config.block_m * made.plan.streamed.shape[2]
     at_once = max(1, PARTIAL_BYTES // (pairs * site.heads * 4))
-    groups = made.plan.by_kind
+    tiles = made.plan.by_kind
     if site.kind is BiasKind.POSITIONS:  # every tile has entries of its own
-        groups = [[tile] for group in groups for tile in group]
-    for first in range(0, len(groups), at_once):
-        part = groups[first : first + at_once]
-        key = (site, "bias piece", batch, first, at_once)
-        yield cached(key, site.device, lambda part=part: _piece(site, made, batch, part, at_once))  # type: ignore[misc]
+        tiles = [[tile] for group in tiles for tile in group]
+    for first in range(0, len(tiles), at_once):
+        part = tiles[first : first + at_once]
+        key = (*made.key, site.kind, first, at_once)
+        piece = SCHEDULES.get(("piece", *key), functools.partial(_piece, site, made.plan, part), site.device)
+        # As many runs as keep the device busy, unless their score gradients would not fit.
+        items = len(piece.members) * batch
+        length = min(made.config.run, max(1, items * site.heads // BUSY))
+        length = max(length, -(-items // max(1, at_once - len(part))))
+        work = functools.partial(runs, piece.groups, batch, length, site.device)
+        yield piece, SCHEDULES.get(("runs", *key, batch, length), work, site.device)
 
 
-def _piece(site: Site, made: TilePass, batch: int, part: list[list[int]], at_once: int) -> _Piece:
-    plan = made.plan
+def _piece(site: Site, plan: Schedule, part: list[list[int]]) -> _Piece:
     tiles = torch.tensor([tile for group in part for tile in group], device=site.device)
     kinds = plan.tiles[:, 2].tolist()
     begins = np.cumsum([0, *(len(group) for group in part)]).tolist()
-    groups = [(kinds[group[0]], begin, len(group)) for group, begin in zip(part, begins, strict=False)]
-    # As many runs as keep the device busy, unless their score gradients would not fit.
-    length = max(made.config.run, -(-len(tiles) * batch // max(1, at_once - len(groups))))
+    groups = tuple((kinds[group[0]], begin, len(group)) for group, begin in zip(part, begins, strict=False))
     entry = torch.from_numpy(plan.entries()).to(site.device)[[kind for kind, _, _ in groups]]
     if site.kind is BiasKind.POSITIONS:
         slots = (plan.resident[:, 0], plan.streamed[:, 0])
         offsets = [s[plan.tiles[tiles, 2].long()] for s in slots]
         places = [plan.tiles[tiles, f, None] + o.where(o > ABSENT, 0) for f, o in enumerate(offsets)]
         entry = _positions(site, places[0], places[1], entry >= 0)
-    return _Piece(tiles.int(), runs(groups, batch, length, site.device), _sources(entry, site.entries))
+    return _Piece(tiles.int(), groups, _sources(entry, site.entries))

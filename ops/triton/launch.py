@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from math import gcd
 from typing import Any, NamedTuple
@@ -16,11 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import SCHEDULES, Held
-
 __all__ = [
+    "LOG2_E",
     "Strides",
-    "cached",
     "constants",
     "interpreting",
     "layout",
@@ -33,11 +30,10 @@ __all__ = [
     "wide",
 ]
 
+LOG2_E = 1.4426950408889634  # scores are held in units of it, so that exp2 serves
 VECTOR = 8  # elements of 16 bytes in half precision: strides are multiples of it where kernels load whole vectors
 MOST_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-_captured: list[Any] = []
 
 
 def interpreting() -> bool:
@@ -127,8 +123,8 @@ def wide(strides: dict[str, Strides], tokens: int) -> bool:
 
 
 def power_of_two(n: int, least: int = 16) -> int:
-    """The next power of two, at least what a matrix unit takes."""
-    return max(least, 1 << (n - 1).bit_length())
+    """The next power of two, at least `least`: what a matrix unit takes."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -144,21 +140,3 @@ def _tf32_allowed() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:
         return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-def cached(key: tuple[Any, ...], device: torch.device, build: Callable[[], Held]) -> Held:
-    """What `build` returns, from the schedule cache.
-
-    What is used while a CUDA graph is captured is never freed: a replay would read freed memory.
-    """
-
-    def finished() -> Held:
-        made = build()
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # other streams read it without waiting
-        return made
-
-    found = SCHEDULES.get(key, finished)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(found)
-    return found

@@ -10,12 +10,10 @@ from ..patterns import Pattern
 from ..tile_math import own_precision
 from . import neighborhood, window
 from .gradient import atlas, cell_bias_gradient, cell_runs, displacement_gradient, tile_bias_gradient
-from .launch import layout, power_of_two, readable
+from .launch import LOG2_E, layout, power_of_two, readable
 from .site import CellPass, Site, TilePass, cell_pass, make_site, tile_pass
 
-__all__ = ["LOG2_E", "backward", "forward"]
-
-LOG2_E = 1.4426950408889634
+__all__ = ["backward", "forward"]
 
 
 def forward(
@@ -116,9 +114,9 @@ def _backward_cells(
     site: Site, cells: CellPass, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, scale: float, bias_needs_grad: bool,
 ) -> Tensor | None:  # fmt: skip
-    work = cell_runs(site, cells, q.shape[0])
-    held, slots = cells.cells, cells.cells.offset.shape[1]
     wanted = bias_needs_grad and bias is not None
+    work = cell_runs(site, cells, q.shape[0], summed=wanted)
+    held, slots = cells.cells, cells.cells.offset.shape[1]
     size = (work.table.shape[0], site.heads, slots, slots) if wanted else (0,)
     partial = torch.empty(size, dtype=torch.float32, device=q.device)
     window.backward_kernel[(work.table.shape[0] * site.heads,)](

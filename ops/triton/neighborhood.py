@@ -14,6 +14,7 @@ import triton.language as tl
 from .primitives import (
     LOG2E,
     RESIDENT,
+    SIZES,
     STREAMED,
     add_terms,
     image_base,
@@ -29,7 +30,7 @@ from .primitives import (
 __all__ = ["bias_kernel", "forward_kernel", "key_kernel", "query_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse, tiles, resident, streamed, order, bias, codes, rel,
     batch, tile_count, queries, scale, q_image, k_image, v_image,
@@ -89,7 +90,7 @@ def forward_kernel(
             tl.store(lse + image * queries * HEADS + token_m * HEADS + head, natural, mask=present_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     grad, q, k, v, out, lse, dq, sums, drel, partial, tiles, resident, streamed, order, bias, codes, rel,
     batch, tile_count, queries, scale, softmax_scale, g_image, q_image, k_image, v_image, dq_image,
@@ -203,7 +204,7 @@ def _by_displacement(
     return product((tl.arange(0, TABLE_Y)[:, None] == row[None, :]).to(tl.float32), by_column, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(
     grad, q, k, v, sums, dk, dv, tiles, resident, streamed, order, bias, codes, rel,
     batch, tile_count, queries, scale, softmax_scale, g_image, q_image, k_image, v_image, dk_image, dv_image,
@@ -258,7 +259,7 @@ def key_kernel(
         store_vectors(dv_at, token_m, present_m, value_gradient, DV_TOKEN, DV, BLOCK_DV, WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def bias_kernel(
     grad, q, k, v, sums, partial, runs, members, tiles, resident, streamed, order, bias, codes, rel,
     queries, scale, g_image, q_image, k_image, v_image,

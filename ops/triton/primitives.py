@@ -8,14 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import schedule
+from . import launch, schedule
 
 __all__ = [
-    "add_terms", "load_sums", "load_vectors", "locate", "product", "store_sums", "store_vectors", "to_log2",
+    "SIZES", "add_terms", "load_sums", "load_vectors", "locate", "product", "store_sums", "store_vectors", "to_log2",
 ]  # fmt: skip
 
+# Arguments that differ from call to call: one compiled kernel serves every value.
+SIZES = [
+    "batch", "tile_count", "tokens", "queries", "pairs",
+    *(f"{name}_image" for name in ("g", "q", "k", "v", "dq", "dk", "dv")),
+]  # fmt: skip
 ABSENT = tl.constexpr(schedule.ABSENT)
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(launch.LOG2_E)
 RESIDENT = tl.constexpr(len(schedule.RESIDENT_FIELDS))
 STREAMED = tl.constexpr(len(schedule.STREAMED_FIELDS))
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from ..routing import Regions, inverse_lists
 from . import block_sparse
 from .configs import Config, architecture, choose, precision_name
-from .launch import constants, layout, power_of_two, precision, readable, units, wide
-from .local import LOG2_E
+from .launch import LOG2_E, constants, layout, power_of_two, precision, readable, units, wide
 from .schedule import LOAD_SCORES
 
 __all__ = ["backward", "forward"]

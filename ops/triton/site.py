@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from ..bias import BiasKind, bias_kind
+from ..cache import SCHEDULES
 from ..patterns import Pattern, resolve
+from .axis_tiles import axis_tiles
+from .cells import Cells, cell_slots, cells
 from .configs import Config, architecture, choose, known, precision_name
-from .launch import Strides, cached, constants, power_of_two, precision, units, wide
-from .schedule import Cells, Schedule, axis_tiles, cell_slots, cells, choose_tile, schedule
+from .launch import Strides, constants, power_of_two, precision, units, wide
+from .schedule import Schedule, choose_tile, schedule
 
 __all__ = ["CellPass", "Site", "TilePass", "cell_pass", "make_site", "tile_pass"]
 
@@ -59,6 +62,11 @@ class Site(NamedTuple):
         if self.kind not in (BiasKind.NONE, BiasKind.TABLE):
             return ("lookup",)
         return ("plane" if self.pattern.curve is None else "curve", "lookup")
+
+    @property
+    def coded(self) -> BiasKind:
+        """The bias that tiles carry table codes for."""
+        return self.kind if self.kind in (BiasKind.TABLE, BiasKind.DECOMPOSED) else BiasKind.NONE
 
     @property
     def centre(self) -> int:
@@ -115,6 +123,7 @@ class TilePass:
         entry: (K, M, N) flat table entries for "atlas", the mask itself for "mask", else None.
         order, codes: tensors the kernel reads, or any tensor where it reads none.
         images: image strides of the tensors the kernel reads, in units.
+        key: what its schedule is cached by, which says nothing of the tensors' strides.
     """
 
     family: str
@@ -126,10 +135,11 @@ class TilePass:
     codes: Tensor
     constants: dict[str, Any]
     images: tuple[int, ...]
+    key: tuple[Any, ...]
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes held; a schedule that several passes share counts for each."""
         held = (*((self.entry,) if self.entry is not None else ()), self.order, self.codes)
         return self.plan.nbytes + sum(t.nbytes for t in held if t is not self.plan.order and t is not self.plan.tiles)
 
@@ -158,32 +168,41 @@ def tile_pass(
         for family in site.families:
             config = site.config(op, family)
             grid = table and family == "plane" and _on_grid(site, config)
-            plan = schedule(
-                site.pattern, site.height, site.width, config.block_m, site.device, inverse=inverse, grid=grid
+            place = (site.pattern, site.height, site.width, config.block_m, site.device)
+            plan = SCHEDULES.get(
+                key := (*place, inverse, grid, site.coded),
+                partial(schedule, *place, inverse=inverse, grid=grid, kind=site.coded),
+                site.device,
             )
-            how, entry = _terms(site, plan, config, family)
+            how, entry = _terms(site, plan, family, key)
             if entry is not None:
                 break
         made |= _tile_constants(site, config, plan, how)
         order = plan.tiles if plan.order is None else plan.order
-        return TilePass(family, config, plan, how, entry, order, site.codes(plan.tiles), made, images)
+        return TilePass(family, config, plan, how, entry, order, site.codes(plan.tiles), made, images, key)
 
-    return cached((site, op, table), site.device, build)
+    return SCHEDULES.get((site, op, table), build, site.device)
 
 
-def _terms(site: Site, plan: Schedule, config: Config, family: str) -> tuple[str, Tensor | None]:
+def _terms(site: Site, plan: Schedule, family: str, key: tuple[Any, ...]) -> tuple[str, Tensor | None]:
     """How a pass gets its bias, and the flat table entries (K, M, N) of an atlas or the mask itself."""
-    slots = plan.streamed.shape[2]
     heads = site.heads if site.kind is BiasKind.TABLE else 1
-    if family == "lookup" or plan.kinds * config.block_m * slots * heads * 4 > ATLAS_BYTES:
+    pairs = plan.resident.shape[2] * plan.streamed.shape[2]
+    if family == "lookup" or plan.kinds * pairs * heads * 4 > ATLAS_BYTES:
         return {BiasKind.TABLE: "gather"}.get(site.kind, site.kind.value), None
-    entry = torch.from_numpy(plan.entries()).to(site.device)
-    if site.kind is BiasKind.TABLE:
-        return "atlas", entry
     # 0 and -inf are exact in half precision, and half the bytes
     narrow = torch.float32 if site.dtype == torch.float32 else torch.float16
-    mask = torch.zeros(entry.shape, dtype=narrow, device=site.device)
-    return "mask", mask.masked_fill_(entry < 0, -torch.inf)
+
+    def entries() -> Tensor:
+        return torch.from_numpy(plan.entries()).to(site.device)
+
+    def mask() -> Tensor:
+        found = entries()
+        return torch.zeros(found.shape, dtype=narrow, device=site.device).masked_fill_(found < 0, -torch.inf)
+
+    if site.kind is BiasKind.TABLE:
+        return "atlas", SCHEDULES.get(("entries", *key), entries, site.device)
+    return "mask", SCHEDULES.get(("mask", narrow, *key), mask, site.device)
 
 
 def _on_grid(site: Site, config: Config) -> bool:
@@ -194,7 +213,7 @@ def _on_grid(site: Site, config: Config) -> bool:
     if 2 * max(resolved.y.reach, resolved.x.reach) + 1 > MOST_TABLE:
         return False
     (_, tx), cost = choose_tile(resolved, config.block_m, False, grid=True)
-    columns = power_of_two(max(len(t.streamed) for t in axis_tiles(resolved.x, tx, inverse=False)), 1)
+    columns = power_of_two(max(len(t.streamed) for t in axis_tiles(resolved.x, tx)), 1)
     across = power_of_two(tx, 1)
     # Both products by displacement contract pairs: a matrix unit wants at least 16 of them.
     pairs = (across * columns, config.block_m // across * (config.block_n // columns))
@@ -223,10 +242,10 @@ class CellPass:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes held; cells that several passes share count for each."""
         return self.cells.nbytes + self.codes.nbytes
 
-    @property
+    @cached_property
     def groups(self) -> list[tuple[int, int, int]]:
         """(kind, where it begins, its cells) of cells that share a bias; with a bias by position each is alone."""
         held = self.cells
@@ -253,7 +272,8 @@ def cell_pass(site: Site, op: str, names: tuple[str, ...]) -> CellPass | None:
         return None
 
     def build() -> CellPass:
-        held = cells(site.pattern, site.height, site.width, site.device)
+        place = (site.pattern, site.height, site.width, site.device, site.coded)
+        held = SCHEDULES.get(("cells", *place), partial(cells, *place), site.device)
         config = site.config(op, f"cell{slots}")
         how = {BiasKind.TABLE: "atlas", BiasKind.POSITIONS: "positions"}.get(site.kind, "none")
         made, images = site.launch(names)
@@ -261,4 +281,4 @@ def cell_pass(site: Site, op: str, names: tuple[str, ...]) -> CellPass | None:
         order = held.first if held.order is None else held.order
         return CellPass(config, held, how, order, site.codes(held.first), made, images)
 
-    return cached((site, op), site.device, build)
+    return SCHEDULES.get((site, op), build, site.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, image_base, load_vectors, locate, product, store_vectors
+from .primitives import LOG2E, SIZES, image_base, load_vectors, locate, product, store_vectors
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
@@ -42,7 +42,7 @@ def _next(cell, image, count):
     return tl.where(last, 0, cell + 1), tl.where(last, image + 1, image)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, runs, first_token, offset, order, bias, codes,
     tokens, scale, q_image, k_image, v_image,
@@ -78,7 +78,7 @@ def forward_kernel(
         cell, image = _next(cell, image, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     grad, q, k, v, dq, dk, dv, partial, runs, first_token, offset, order, bias, codes,
     scale, softmax_scale, g_image, q_image, k_image, v_image, dq_image, dk_image, dv_image,

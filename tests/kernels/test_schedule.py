@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import process_time
 from typing import NamedTuple
 
 import numpy as np
@@ -23,17 +24,17 @@ from nearfield.ops import (
     hilbert_order,
     resolve,
 )
+from nearfield.ops.bias import BiasKind
 from nearfield.ops.tiles import inverse_axis
+from nearfield.ops.triton.cells import cell_slots, cells
+from nearfield.ops.triton.runs import runs
 from nearfield.ops.triton.schedule import (
     ABSENT,
-    MOST_CELL,
     RESIDENT_FIELDS,
     SLOT_UNIT,
     STREAMED_FIELDS,
     Schedule,
-    cells,
-    in_cells,
-    runs,
+    choose_tile,
     schedule,
 )
 from ops_helpers import CASES, axis_keys, decomposed_rows, query_stride, random_cases, reach, step
@@ -111,8 +112,19 @@ def scheduled_pairs(plan: Schedule, *, inverse: bool, curve: bool) -> tuple[Pair
     return Pairs(*(np.concatenate(f) for f in zip(*found, strict=True))), np.concatenate(residents)
 
 
-def assert_is_scheduled(pattern: Pattern, height: int, width: int, block_m: int, *, inverse: bool, grid: bool) -> None:
-    plan = schedule(pattern, height, width, block_m, CPU, inverse=inverse, grid=grid)
+def with_codes_of(pairs: Pairs, kind: BiasKind) -> Pairs:
+    """The pairs with the codes that a schedule for that kind of bias has; all others are 0."""
+    zero = np.zeros_like(pairs.query)
+    table = pairs.entry if kind is BiasKind.TABLE else zero
+    rel = (pairs.rel_y, pairs.rel_x) if kind is BiasKind.DECOMPOSED else (zero, zero)
+    return Pairs(pairs.query, pairs.key, table, *rel)
+
+
+def assert_is_scheduled(
+    pattern: Pattern, height: int, width: int, block_m: int, *, inverse: bool, grid: bool,
+    kind: BiasKind = BiasKind.TABLE,
+) -> None:  # fmt: skip
+    plan = schedule(pattern, height, width, block_m, CPU, inverse=inverse, grid=grid, kind=kind)
     stride = query_stride(pattern)
     queries, keys = -(-height // stride[0]) * -(-width // stride[1]), height * width
     got, residents = scheduled_pairs(plan, inverse=inverse, curve=pattern.curve is not None)
@@ -120,6 +132,7 @@ def assert_is_scheduled(pattern: Pattern, height: int, width: int, block_m: int,
     zeros = want.key < 0
     if inverse:  # padding zeros are nobody's keys to sum up gradients for
         want = Pairs(*(f[~zeros] for f in want))
+    want = with_codes_of(want, kind)
     assert np.array_equal(got.rows(), want.rows()), "the pairs of the schedule are not those of the pattern"
     assert np.array_equal(np.sort(residents), np.arange(keys if inverse else queries)), "a token is not resident once"
     assert plan.zero_keys or (got.key >= 0).all(), "a padding zero in a schedule that says it has none"
@@ -145,14 +158,16 @@ def test_a_schedule_holds_exactly_the_pairs_of_its_pattern(number: int, grid: bo
     for i, case in enumerate(MANY[number : number + 40]):
         if grid and case[0].curve is not None:
             continue
-        assert_is_scheduled(*case, (16, 64, 128)[i % 3], inverse=inverse, grid=grid)
+        kind = (BiasKind.TABLE, BiasKind.DECOMPOSED, BiasKind.NONE)[i // 3 % 3]
+        assert_is_scheduled(*case, (16, 64, 128)[i % 3], inverse=inverse, grid=grid, kind=kind)
 
 
 @DIRECTIONS
 @pytest.mark.parametrize("block_m", [1, 16, 32, 64, 128])
 def test_every_size_of_tile_holds_the_same_pairs(block_m: int, inverse: bool) -> None:
     for case in CASES:
-        assert_is_scheduled(*case, block_m, inverse=inverse, grid=False)
+        for kind in (BiasKind.TABLE, BiasKind.DECOMPOSED, BiasKind.NONE):
+            assert_is_scheduled(*case, block_m, inverse=inverse, grid=False, kind=kind)
 
 
 @DIRECTIONS
@@ -178,6 +193,21 @@ def test_every_size_of_tile_holds_the_same_pairs(block_m: int, inverse: bool) ->
 def test_larger_maps_hold_exactly_their_pairs(pattern: Pattern, height: int, width: int, inverse: bool) -> None:
     for grid in (False, True)[: 1 + (pattern.curve is None)]:
         assert_is_scheduled(pattern, height, width, 64, inverse=inverse, grid=grid)
+
+
+@DIRECTIONS
+def test_without_a_bias_tiles_differ_in_what_is_masked_only(inverse: bool) -> None:
+    for pattern, kinds in ((Full(), 1), (Window(16), 1), (Neighborhood(7), 15)):
+        plan = schedule(pattern, 64, 64, 64, CPU, inverse=inverse, kind=BiasKind.NONE)
+        assert plan.kinds <= kinds, pattern
+        assert schedule(pattern, 64, 64, 64, CPU, inverse=inverse).kinds >= plan.kinds
+
+
+def test_a_long_curve_is_cut_in_full_tiles_at_once() -> None:
+    resolved = resolve(HilbertNeighborhood(49), 512, 512)
+    begun = process_time()
+    assert choose_tile(resolved, 64, False)[0] == (64, 1)
+    assert process_time() - begun < 2.0
 
 
 @pytest.mark.slow
@@ -211,14 +241,14 @@ def assert_cells_hold_the_pairs(pattern: Pattern, height: int, width: int) -> No
     want_rows = Pairs(*want[:3], *([np.zeros_like(want.query)] * 2)).rows()
     assert np.array_equal(Pairs(*got, zero, zero).rows(), want_rows)
     assert np.array_equal(np.sort(np.concatenate(residents)), np.arange(height * width))
-    assert made.offset.shape[1] <= MOST_CELL
+    assert made.offset.shape[1] == cell_slots(pattern, height, width)
     assert sum(made.counts) == len(made.first)
 
 
 def test_cells_hold_exactly_the_pairs_of_their_pattern() -> None:
     seen = 0
     for case in [*CASES, *MANY, *random_cases(200, seed=73, largest=40)]:
-        if in_cells(*case):
+        if cell_slots(*case):
             seen += 1
             assert_cells_hold_the_pairs(*case)
     assert seen > 60
@@ -228,7 +258,7 @@ def test_cells_hold_exactly_the_pairs_of_their_pattern() -> None:
 @pytest.mark.parametrize("size", range(1, 9))
 def test_windows_of_up_to_64_tokens_are_cells(size: int, shift: int) -> None:
     for height, width in ((8, 8), (13, 9), (1, 17), (33, 20)):
-        assert in_cells(Window(size, shift), height, width)
+        assert cell_slots(Window(size, shift), height, width)
         assert_cells_hold_the_pairs(Window(size, shift), height, width)
 
 
@@ -237,10 +267,10 @@ def test_which_patterns_are_in_cells() -> None:
     inside += [Axes(Window(7), Grid(4))]
     outside = [Window(9), Window((5, 13)), Grid(10), HilbertWindow(65), Neighborhood(3), Slide(3), Halo(4, 1), Full()]
     outside += [Halo(4, 1, stride=2), HilbertNeighborhood(9), Axes(Full(), Window(3))]
-    assert all(in_cells(p, 40, 40) for p in inside)
-    assert not any(in_cells(p, 40, 40) for p in outside)
-    assert in_cells(Full(), 7, 7)  # one cell
-    assert in_cells(Neighborhood(5), 5, 5)
+    assert all(cell_slots(p, 40, 40) for p in inside)
+    assert not any(cell_slots(p, 40, 40) for p in outside)
+    assert cell_slots(Full(), 7, 7)  # one cell
+    assert cell_slots(Neighborhood(5), 5, 5)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
