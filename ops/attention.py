@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -93,9 +94,14 @@ def _backend(asked: str | None, q: Tensor, v: Tensor, dropout_p: float) -> str:
             raise ValueError(reason)
     if named == "triton" and dropout_p > 0.0:
         if not torch.compiler.is_compiling():
-            warnings.warn("attention dropout runs on the 'torch' backend: Triton's kernels have none", stacklevel=3)
+            _say_once("attention dropout runs on the 'torch' backend: Triton's kernels have none")
         return "torch"
     return named
+
+
+@cache
+def _say_once(notice: str) -> None:
+    warnings.warn(notice, stacklevel=4)
 
 
 # --- the operators --------------------------------------------------------------------------------------------------

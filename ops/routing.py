@@ -60,6 +60,14 @@ class Regions:
         t = t.unflatten(2, (self.size_y, self.size_x)).unflatten(1, (self.ny, self.nx)).transpose(2, 3)
         return t.flatten(3, 4).flatten(1, 2)[:, : self.height, : self.width]
 
+    def real(self, device: torch.device) -> Tensor:
+        """(ny, nx) int64: tokens of each region that exist."""
+        rows, columns = (
+            (limit - torch.arange(n, device=device) * size).clamp_(max=size)
+            for limit, n, size in ((self.height, self.ny, self.size_y), (self.width, self.nx, self.size_x))
+        )
+        return rows[:, None] * columns
+
     def present(self, device: torch.device) -> Tensor:
         """(regions, tokens) bool: which tokens exist."""
         ones = torch.ones(1, self.height, self.width, 1, 1, dtype=torch.uint8, device=device)
@@ -99,15 +107,28 @@ def route(q: Tensor, k: Tensor, regions: Regions, topk: int) -> Tensor:
     """
     if not isinstance(topk, int) or not 1 <= topk <= regions.count:
         raise ValueError(f"topk={topk} must be an int in [1, {regions.count}], the number of regions")
-    compute = torch.promote_types(q.dtype, torch.float32)
-    real = regions.present(q.device).sum(1).to(compute)[:, None]
-
-    def means(t: Tensor) -> Tensor:
-        return regions.cut(t.detach()).flatten(3).to(compute).sum(2) / real
-
     with own_precision(q.device):
-        scores = means(q) @ means(k).transpose(1, 2)
+        scores = _means(q, regions) @ _means(k, regions).transpose(1, 2)
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk].contiguous()
+
+
+def _means(t: Tensor, regions: Regions) -> Tensor:
+    """(B, regions, h * d) float32 or wider: means over each region's tokens of a (B, H, W, h, d) map, not copied."""
+    compute = torch.promote_types(t.dtype, torch.float32)
+    sums = _sums(_sums(t.detach(), 2, regions.size_x, compute), 1, regions.size_y, compute)
+    real = regions.real(t.device)[:, :, None] if any(regions.padding) else regions.tokens
+    return sums.flatten(3).div_(real).flatten(1, 2)
+
+
+def _sums(t: Tensor, axis: int, size: int, compute: torch.dtype) -> Tensor:
+    """Sums of every `size` entries of one axis, of which the last may be fewer."""
+    whole = t.shape[axis] // size
+    parts = (
+        [t.narrow(axis, 0, whole * size).unflatten(axis, (whole, size)).sum(axis + 1, dtype=compute)] if whole else []
+    )
+    if whole * size < t.shape[axis]:
+        parts.append(t.narrow(axis, whole * size, t.shape[axis] - whole * size).sum(axis, keepdim=True, dtype=compute))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def inverse_lists(routes: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -139,12 +160,12 @@ def _gather(t: Tensor, routes: Tensor) -> Tensor:
     return t.index_select(0, routes.flatten()).view(routes.shape[0], routes.shape[1] * t.shape[1], *t.shape[2:])
 
 
-def _mask(regions: Regions, routes: Tensor, zero_pad: bool, dtype: torch.dtype) -> Tensor | None:
+def _mask(absent: Tensor | None, routes: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Additive mask (chunk, 1, 1, topk * tokens) of absent keys, None where all keys count."""
-    if zero_pad or not any(regions.padding):
+    if absent is None:
         return None
-    absent = ~_gather(regions.present(routes.device), routes)
-    return torch.zeros(absent.shape, dtype=dtype, device=routes.device).masked_fill_(absent, -torch.inf)[:, None, None]
+    chosen = _gather(absent, routes)
+    return torch.zeros(chosen.shape, dtype=dtype, device=routes.device).masked_fill_(chosen, -torch.inf)[:, None, None]
 
 
 def forward(
@@ -157,10 +178,11 @@ def forward(
     qs, ks, vs = (regions.cut(t) for t in (q, k, v))
     out = qs.new_empty(*qs.shape[:4], v.shape[4])
     lse = torch.empty(q.shape[0], q.shape[3], regions.count, regions.tokens, dtype=compute, device=q.device)
+    absent = None if zero_pad or not any(regions.padding) else ~regions.present(q.device)
     for b, part in _chunks(q, routes, regions):
         chosen = routes[b, part]
         kt, vt = (_gather(t[b], chosen).to(compute).transpose(1, 2) for t in (ks, vs))
-        mask = _mask(regions, chosen, zero_pad, compute)
+        mask = _mask(absent, chosen, compute)
         o, s = attend(qs[b, part].to(compute).transpose(1, 2), kt, vt, mask, scale, keep)
         out[b, part] = o.transpose(1, 2).to(out.dtype)
         lse[b, :, part] = s.transpose(0, 1)
@@ -184,9 +206,10 @@ def backward(
     def tokens_first(t: Tensor) -> Tensor:
         return t.unflatten(0, (-1, q.shape[3])).transpose(1, 2)
 
+    absent = None if zero_pad or not any(regions.padding) else ~regions.present(q.device)
     for b, part in _chunks(q, routes, regions):
         chosen = routes[b, part]
-        mask = _mask(regions, chosen, zero_pad, compute)
+        mask = _mask(absent, chosen, compute)
         qt, gt, ot = (heads_first(t[b, part]) for t in (qs, gs, os))
         kt, vt = (heads_first(_gather(t[b], chosen)) for t in (ks, vs))
         delta = (gt * ot).sum(-1, keepdim=True)

@@ -55,6 +55,8 @@ def refusal(q: Tensor, v: Tensor) -> str | None:
             f"backend 'triton' needs CUDA tensors, got {q.device.type}: move them, choose backend='torch', or set "
             "TRITON_INTERPRET=1 to interpret the kernels"
         )
+    if _older_than_ampere(q.device):
+        return f"backend 'triton' needs compute capability 8.0 or newer, which {q.device} has not: choose 'torch'"
     if q.dtype not in DTYPES:
         return f"backend 'triton' takes float16, bfloat16 and float32, got {q.dtype}: choose backend='torch'"
     if max(q.shape[-1], v.shape[-1]) > MOST_HEAD_DIM:
@@ -62,6 +64,13 @@ def refusal(q: Tensor, v: Tensor) -> str | None:
             f"backend 'triton' takes head_dim <= {MOST_HEAD_DIM}, got {max(q.shape[-1], v.shape[-1])}: choose 'torch'"
         )
     return None
+
+
+def _older_than_ampere(device: torch.device) -> bool:
+    # Not initialized: a fake tensor, traced where there is no GPU. torch.compile folds these calls into constants.
+    if device.type != "cuda" or not torch.cuda.is_initialized() or torch.version.hip is not None:
+        return False
+    return bool(torch.cuda.get_device_properties(device).major < 8)
 
 
 class Strides(NamedTuple):

@@ -22,6 +22,7 @@ from nearfield.ops import (
     local_attention,
     routing_attention,
 )
+from nearfield.ops.routing import cut_regions, route
 from ops_helpers import bias_shapes, kinds_of
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
@@ -105,3 +106,12 @@ def test_routing_never_copies_all_routed_keys() -> None:
     largest, _ = allocations(lambda: routing_attention(qkv, None, None, 8, topk).sum().backward())
     assert largest <= 8 << 20
     assert largest < topk * INPUT // 3
+
+
+@pytest.mark.parametrize("region_size", [8, 7], ids=["whole regions", "short regions"])
+def test_choosing_regions_copies_neither_queries_nor_keys(region_size: int) -> None:
+    q, k = torch.randn(2, 1, SIDE, SIDE, HEADS, HEAD_DIM)
+    cut = cut_regions(SIDE, SIDE, None, region_size)
+    largest, peak = allocations(lambda: route(q, k, cut, 4))
+    assert largest <= INPUT // 6
+    assert peak <= INPUT // 2

@@ -278,6 +278,7 @@ def test_regions_are_cut_and_joined_without_loss() -> None:
                 assert torch.equal(pieces[:, i, j], want)
         assert torch.equal(cut.join(pieces), t)
         assert cut.present(t.device).tolist() == [[token is not None for token in cell] for cell in cells]
+        assert torch.equal(cut.real(t.device).flatten(), cut.present(t.device).sum(1))
 
 
 def test_a_region_count_decides_the_region_size() -> None:
