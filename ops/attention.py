@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -158,8 +158,15 @@ def local_attention(
         with own_precision(q.device):
             return reference_attention(q, k, v, resolved, table, rel_x, scale, dropout_p)
     need_lse = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, table, rel_x))
-    arguments = (q, k, v, table, rel_x, _seed(dropout_p), pattern.spelling(), scale, dropout_p, need_lse, backend)
-    return torch.ops.nearfield.local_attention(*arguments)[0]
+    arguments = (q, k, v, table, rel_x, _seed(dropout_p), _spelled(pattern), scale, dropout_p, need_lse, backend)
+    return torch.ops.nearfield.local_attention.default(*arguments)[0]
+
+
+def _spelled(pattern: Pattern) -> str:
+    return pattern.spelling() if torch.compiler.is_compiling() else _spelling(pattern)
+
+
+_spelling = lru_cache(maxsize=512)(Pattern.spelling)
 
 
 def _seed(dropout_p: float) -> Tensor | None:
@@ -381,4 +388,4 @@ def routing_attention(
     size = [cut.size_y, cut.size_x]
     seed = _seed(dropout_p)
     arguments = (q, k, v, routes, seed, size, pad == "zero", scale, dropout_p, backend)
-    return torch.ops.nearfield.routing_attention(*arguments)[0]
+    return torch.ops.nearfield.routing_attention.default(*arguments)[0]

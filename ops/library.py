@@ -7,6 +7,8 @@ values. `k` and `v` are None where `q` is the packed projection; its gradient th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +24,12 @@ from .triton.launch import on_device
 __all__ = ["unpack"]
 
 _LIBRARY = torch.library.Library("nearfield", "DEF")
+
+
+@cache
+def _kernels(name: str) -> Any:
+    """A module of .triton, imported on first use: it imports Triton."""
+    return import_module(f".triton.{name}", __package__)
 
 
 def _give_gradient(name: str, tensors: int, save: Callable[..., None], backward: Callable[..., Any]) -> None:
@@ -68,7 +76,8 @@ _LIBRARY.define(
 def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of a call; views of q where it is packed."""
     if k is None or v is None:
-        return q.select(3, 0), q.select(3, 1), q.select(3, 2)
+        first, second, third = q.unbind(3)
+        return first, second, third
     return q, k, v
 
 
@@ -78,10 +87,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     known = parse_pattern(pattern)
     if backend == "triton":
-        from .triton import local
-
         with on_device(q.device):
-            return local.forward(*unpack(q, k, v), bias, rel_x, known, scale, need_lse)
+            return _kernels("local").forward(*unpack(q, k, v), bias, rel_x, known, scale, need_lse)
     with own_precision(q.device):
         return torch_tiles.forward(*unpack(q, k, v), bias, rel_x, known, scale, dropout_p, seed, need_lse)
 
@@ -95,10 +102,8 @@ def _backward(
     tensors = (grad, *unpack(q, k, v), bias, rel_x, out, lse, *unpack(*gradients))
     known = parse_pattern(pattern)
     if backend == "triton":
-        from .triton import local
-
         with on_device(q.device):
-            dbias, drel_x = local.backward(*tensors, known, scale, bias_needs_grad)
+            dbias, drel_x = _kernels("local").backward(*tensors, known, scale, bias_needs_grad)
     else:
         with own_precision(q.device):
             dbias, drel_x = torch_tiles.backward(*tensors, known, scale, dropout_p, seed, bias_needs_grad)
@@ -199,10 +204,8 @@ def _routing_forward(
     parts = unpack(q, k, v)
     regions = cut_regions(q.shape[1], q.shape[2], None, (region_size[0], region_size[1]))
     if backend == "triton":
-        from .triton import routed
-
         with on_device(q.device):
-            return routed.forward(*parts, routes, regions, zero_pad, scale)
+            return _kernels("routed").forward(*parts, routes, regions, zero_pad, scale)
     with own_precision(q.device):
         return routing.forward(*parts, routes, regions, zero_pad, scale, dropout_p, seed)
 
@@ -214,11 +217,9 @@ def _routing_backward(
     regions = cut_regions(q.shape[1], q.shape[2], None, (region_size[0], region_size[1]))
     parts = unpack(q, k, v)
     if backend == "triton":
-        from .triton import routed
-
         made = _empty_gradients(q, k, v)
         with on_device(q.device):
-            routed.backward(grad, *parts, routes, out, lse, *unpack(*made), regions, zero_pad, scale)
+            _kernels("routed").backward(grad, *parts, routes, out, lse, *unpack(*made), regions, zero_pad, scale)
         filled = [q.new_empty(0) if g is None else g for g in made]
         return filled[0], filled[1], filled[2]
     with own_precision(q.device):

@@ -44,9 +44,10 @@ def table_kernel(
 ):
     """gradient (HEADS, ENTRIES): each entry is the sum of summed[kind, head, pair] over its sources.
 
-    sources[bounds[e]:bounds[e + 1]] (int32) are those of entry e, as kind * pairs + pair. One program per entry.
+    sources[bounds[e]:bounds[e + 1]] (int32) are those of entry e, as kind * pairs + pair. A program has one entry and
+    one head.
     """
-    entry, head = tl.program_id(0), tl.program_id(1)
+    head, entry = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     begin, end = tl.load(bounds + entry), tl.load(bounds + entry + 1)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from ..cache import SCHEDULES
 from ..curves import curve_order
 from . import bias as kernels
 from . import neighborhood
+from .launch import dense
+from .launcher import Launcher
 from .runs import Runs, runs
 from .schedule import ABSENT, Schedule
 from .site import CellPass, Site, TilePass, tile_pass
@@ -25,6 +28,7 @@ __all__ = ["atlas", "cell_bias_gradient", "cell_runs", "displacement_gradient", 
 PARTIAL_BYTES = 64 << 20  # score gradients held at a time on their way to a table
 BUSY = 1024  # programs that keep a device busy: runs are shorter where there would be fewer
 BLOCK = 1024  # pairs of an atlas that one program makes
+ENTRY_BLOCK = 256  # pairs of one entry that a program sums at a time
 RUN_BLOCK = 128  # pairs that one program sums over runs: few, so that many programs share the reading
 
 
@@ -32,10 +36,15 @@ def atlas(site: Site, table: Tensor, entry: Tensor) -> Tensor:
     """Terms (K, heads, M, N) float32 of every kind of tile, from the flat table entry (K, M, N) of every pair."""
     kinds, pairs = entry.shape[0], entry.shape[1] * entry.shape[2]
     made = torch.empty(kinds, site.heads, *entry.shape[1:], dtype=torch.float32, device=site.device)
-    kernels.atlas_kernel[(-(-pairs // BLOCK) * kinds * site.heads,)](
-        table.contiguous(), entry, made, pairs, HEADS=site.heads, ENTRIES=site.entries, BLOCK=BLOCK
-    )
+    launch = _launcher("atlas", site.device, table.dtype, HEADS=site.heads, ENTRIES=site.entries, BLOCK=BLOCK)
+    launch(kernels.atlas_kernel, -(-pairs // BLOCK) * kinds * site.heads, dense(table), entry, made, pairs)
     return made
+
+
+@lru_cache(maxsize=1024)
+def _launcher(kernel: str, device: torch.device, dtype: torch.dtype | None = None, **constants: int) -> Launcher:
+    """One for every kernel, device, dtype of the table it reads, and set of constants."""
+    return Launcher(constants)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +71,13 @@ def _to_table(site: Site, bias: Tensor, partial: Tensor, work: Runs, sources: _S
     """Gradient (heads, entries) float32 from partial sums (runs, heads, M, N)."""
     groups, pairs = work.bounds.shape[0] - 1, partial.shape[2] * partial.shape[3]
     summed = torch.empty(groups, *partial.shape[1:], dtype=torch.float32, device=site.device)
-    kernels.runs_kernel[(-(-pairs // RUN_BLOCK) * groups * site.heads,)](
-        partial, work.bounds, summed, pairs, HEADS=site.heads, BLOCK=RUN_BLOCK
-    )
+    launch = _launcher("runs", site.device, HEADS=site.heads, BLOCK=RUN_BLOCK)
+    launch(kernels.runs_kernel, -(-pairs // RUN_BLOCK) * groups * site.heads, partial, work.bounds, summed, pairs)
     gradient = torch.empty(site.heads, site.entries, dtype=torch.float32, device=site.device)
-    kernels.table_kernel[(site.entries, site.heads)](
-        summed, sources.places, sources.bounds, gradient, pairs, HEADS=site.heads, ENTRIES=site.entries, BLOCK=256
-    )
+    launch = _launcher("table", site.device, HEADS=site.heads, ENTRIES=site.entries, BLOCK=ENTRY_BLOCK)
+    launch(
+        kernels.table_kernel, site.entries * site.heads, summed, sources.places, sources.bounds, gradient, pairs
+    )  # fmt: skip
     return gradient
 
 
@@ -163,10 +172,10 @@ def tile_bias_gradient(
     for piece, work in _pieces(site, own, q.shape[0]):
         size = (work.table.shape[0], site.heads, own.config.block_m, plan.streamed.shape[2])
         partial = torch.empty(size, dtype=torch.float32, device=site.device)
-        neighborhood.bias_kernel[(size[0] * site.heads * blocks,)](
-            grad, q, k, v, sums, partial, work.table, piece.members, plan.tiles, plan.resident,
-            plan.streamed, own.order, terms, own.codes, q, q.shape[1] * q.shape[2], scale, *own.images,
-            ZERO_KEYS=plan.zero_keys, **own.constants,
+        own.launch(
+            neighborhood.bias_kernel, size[0] * site.heads * blocks, grad, q, k, v, sums, partial, work.table,
+            piece.members, plan.tiles, plan.resident, plan.streamed, own.order, terms, own.codes, q,
+            q.shape[1] * q.shape[2], scale, *own.images,
         )  # fmt: skip
         part = _to_table(site, bias, partial, work, piece.sources)
         total = part if total is None else total.add_(part)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ __all__ = [
     "LOG2_E",
     "Strides",
     "constants",
+    "dense",
     "interpreting",
     "layout",
     "on_device",
@@ -81,10 +83,11 @@ class Strides(NamedTuple):
     head: int
 
 
-def _strides(t: Tensor) -> Strides | None:
+@lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> Strides | None:
     """Strides of a (B, H, W, heads, d) map, None where no single token stride describes it."""
-    batch, height, width, heads, d = t.shape
-    image, row, column, head, channel = t.stride()
+    batch, height, width, heads, d = shape
+    image, row, column, head, channel = stride
     token = column if width > 1 else row
     if height > 1 and width > 1 and row != width * column:
         return None
@@ -97,7 +100,7 @@ def _strides(t: Tensor) -> Strides | None:
 
 def readable(t: Tensor, name: str = "") -> Tensor:
     """The tensor, or a contiguous copy where kernels cannot address it; says so where it has a name."""
-    if _strides(t) is not None and t.data_ptr() % 16 == 0:
+    if t.data_ptr() % 16 == 0 and _strides(t.shape, t.stride()) is not None:
         return t
     if name:
         warnings.warn(
@@ -108,9 +111,16 @@ def readable(t: Tensor, name: str = "") -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
+def dense(t: Tensor) -> Tensor:
+    """A bias tensor as kernels read it: contiguous, and aligned as their inputs are."""
+    if t.is_contiguous() and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def layout(**tensors: Tensor) -> tuple[tuple[str, Strides], ...]:
     """Strides of tensors that are readable, by their name in the kernels."""
-    return tuple((name, _strides(t)) for name, t in tensors.items())  # type: ignore[misc]
+    return tuple((name, _strides(t.shape, t.stride())) for name, t in tensors.items())  # type: ignore[misc]
 
 
 def units(strides: dict[str, Strides]) -> int:
@@ -138,9 +148,12 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How products are taken: float32 exactly, unless torch.set_float32_matmul_precision allows TF32."""
-    if interpreting():
+    if _interpreted():
         return "widened"
     return "ieee" if dtype == torch.float32 and not _tf32_allowed() else "tf32"
+
+
+_interpreted = cache(interpreting)  # settled where kernels are launched: Triton is imported
 
 
 def _tf32_allowed() -> bool:

@@ -10,7 +10,7 @@ from ..patterns import Pattern
 from ..tile_math import own_precision
 from . import neighborhood, window
 from .gradient import atlas, cell_bias_gradient, cell_runs, displacement_gradient, tile_bias_gradient
-from .launch import LOG2_E, layout, power_of_two, readable
+from .launch import LOG2_E, dense, layout, readable
 from .site import CellPass, Site, TilePass, cell_pass, make_site, tile_pass
 
 __all__ = ["backward", "forward"]
@@ -44,9 +44,10 @@ def _forward_cells(
 ) -> None:
     work = cell_runs(site, cells, q.shape[0])
     held = cells.cells
-    window.forward_kernel[(work.table.shape[0] * site.heads,)](
-        q, k, v, out, work.table, held.first, held.offset, cells.order, _cell_terms(site, cells, bias, q), cells.codes,
-        site.height * site.width, scale * LOG2_E, *cells.images, **cells.constants,
+    cells.launch(
+        window.forward_kernel, work.table.shape[0] * site.heads, q, k, v, out, work.table, held.first, held.offset,
+        cells.order, _cell_terms(site, cells, bias, q), cells.codes,
+        site.height * site.width, scale * LOG2_E, *cells.images,
     )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def _cell_terms(site: Site, cells: CellPass, bias: Tensor | None, other: Tensor)
     """The bias tensor that kernels of cells read, or any tensor where there is none."""
     if bias is None:
         return other
-    return atlas(site, bias, cells.cells.entry) if cells.how == "atlas" else bias.contiguous()
+    return atlas(site, bias, cells.cells.entry) if cells.how == "atlas" else dense(bias)
 
 
 def _tile_terms(site: Site, made: TilePass, bias: Tensor | None, other: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def _tile_terms(site: Site, made: TilePass, bias: Tensor | None, other: Tensor) 
         return made.entry
     if bias is None or site.kind is BiasKind.DECOMPOSED:
         return other
-    return bias.contiguous() if made.entry is None else atlas(site, bias, made.entry)
+    return dense(bias) if made.entry is None else atlas(site, bias, made.entry)
 
 
 def _forward_tiles(
@@ -73,10 +74,11 @@ def _forward_tiles(
 ) -> None:  # fmt: skip
     made = tile_pass(site, "neighborhood.forward", ("Q", "K", "V"))
     plan = made.plan
-    neighborhood.forward_kernel[made.programs(site.heads, q.shape[0])](
-        q, k, v, out, lse, plan.tiles, plan.resident, plan.streamed, made.order, _tile_terms(site, made, bias, q),
-        made.codes, rel.terms, q.shape[0], plan.tiles.shape[0], q.shape[1] * q.shape[2], scale * LOG2_E,
-        *made.images, IMAGES=made.config.run, ZERO_KEYS=plan.zero_keys, NEED_LSE=need_lse, **made.constants,
+    made.launch(
+        neighborhood.forward_kernel, made.programs(site.heads, q.shape[0]), q, k, v, out, lse, plan.tiles,
+        plan.resident, plan.streamed, made.order, _tile_terms(site, made, bias, q), made.codes, rel.terms,
+        q.shape[0], plan.tiles.shape[0], q.shape[1] * q.shape[2], scale * LOG2_E,
+        *made.images, NEED_LSE=need_lse,
     )  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def backward(
     wanted = bias_needs_grad and bias is not None and site.kind is not BiasKind.DECOMPOSED
     made = tile_pass(site, "neighborhood.query", ("G", "Q", "K", "V", "DQ"), table=wanted)
     terms = _tile_terms(site, made, bias, q)
-    partial = _backward_queries(site, made, terms, grad, q, k, v, rel, out, lse, dq, sums, scale, wanted)
+    partial = _backward_queries(site, made, terms, grad, q, k, v, rel, out, lse, dq, sums, scale)
     _backward_keys(site, grad, q, k, v, bias, rel, dk, dv, sums, scale)
     if site.kind is BiasKind.DECOMPOSED:
         return rel.send_back(dq, bias_needs_grad)
@@ -119,31 +121,26 @@ def _backward_cells(
     held, slots = cells.cells, cells.cells.offset.shape[1]
     size = (work.table.shape[0], site.heads, slots, slots) if wanted else (0,)
     partial = torch.empty(size, dtype=torch.float32, device=q.device)
-    window.backward_kernel[(work.table.shape[0] * site.heads,)](
-        grad, q, k, v, dq, dk, dv, partial, work.table, held.first, held.offset, cells.order,
-        _cell_terms(site, cells, bias, q), cells.codes, scale * LOG2_E, scale,
-        *cells.images, BIAS_GRADIENT=wanted, **cells.constants,
+    cells.launch(
+        window.backward_kernel, work.table.shape[0] * site.heads, grad, q, k, v, dq, dk, dv, partial, work.table,
+        held.first, held.offset, cells.order, _cell_terms(site, cells, bias, q), cells.codes, scale * LOG2_E, scale,
+        *cells.images, BIAS_GRADIENT=wanted,
     )  # fmt: skip
     return cell_bias_gradient(site, cells, bias, partial, work) if bias is not None and wanted else None
 
 
 def _backward_queries(
     site: Site, made: TilePass, terms: Tensor, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel: _Decomposed,
-    out: Tensor, lse: Tensor, dq: Tensor, sums: Tensor, scale: float, bias_needs_grad: bool,
+    out: Tensor, lse: Tensor, dq: Tensor, sums: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
     """Fill dq and sums; return the table gradient of every program, empty where none is taken along."""
-    plan, grid, table = made.plan, (0, 0, 0), (0, 0)
-    if plan.grid is not None and bias_needs_grad:
-        rows = plan.pitch, site.entries // plan.pitch
-        grid, table = plan.grid, (power_of_two(rows[1]), power_of_two(rows[0]))
+    plan, table = made.plan, (made.launch.constants["TABLE_Y"], made.launch.constants["TABLE_X"])
     programs = made.programs(site.heads, q.shape[0])
-    partial = torch.empty(programs[0] if table[0] else 0, *table, dtype=torch.float32, device=q.device)
-    neighborhood.query_kernel[programs](
-        grad, q, k, v, out, lse, dq, sums, rel.gradient, partial, plan.tiles, plan.resident, plan.streamed,
-        made.order, terms, made.codes, rel.terms, q.shape[0], plan.tiles.shape[0], q.shape[1] * q.shape[2],
-        scale * LOG2_E, scale, *made.images, KEYS_Y=power_of_two(plan.sides[0]), KEYS_X=power_of_two(plan.sides[1]),
-        GRID_Y=grid[0], GRID_X=grid[1], GRID_K=grid[2], TABLE_Y=table[0], TABLE_X=table[1],
-        IMAGES=made.config.run, ZERO_KEYS=plan.zero_keys, **made.constants,
+    partial = torch.empty(programs if table[0] else 0, *table, dtype=torch.float32, device=q.device)
+    made.launch(
+        neighborhood.query_kernel, programs, grad, q, k, v, out, lse, dq, sums, rel.gradient, partial,
+        plan.tiles, plan.resident, plan.streamed, made.order, terms, made.codes, rel.terms,
+        q.shape[0], plan.tiles.shape[0], q.shape[1] * q.shape[2], scale * LOG2_E, scale, *made.images,
     )  # fmt: skip
     return partial
 
@@ -154,10 +151,11 @@ def _backward_keys(
 ) -> None:  # fmt: skip
     made = tile_pass(site, "neighborhood.key", ("G", "Q", "K", "V", "DK", "DV"), inverse=True)
     plan = made.plan
-    neighborhood.key_kernel[made.programs(site.heads, q.shape[0])](
-        grad, q, k, v, sums, dk, dv, plan.tiles, plan.resident, plan.streamed, made.order,
-        _tile_terms(site, made, bias, q), made.codes, rel.terms, q.shape[0], plan.tiles.shape[0],
-        q.shape[1] * q.shape[2], scale * LOG2_E, scale, *made.images, IMAGES=made.config.run, **made.constants,
+    made.launch(
+        neighborhood.key_kernel, made.programs(site.heads, q.shape[0]), grad, q, k, v, sums, dk, dv, plan.tiles,
+        plan.resident, plan.streamed, made.order, _tile_terms(site, made, bias, q), made.codes, rel.terms,
+        q.shape[0], plan.tiles.shape[0],
+        q.shape[1] * q.shape[2], scale * LOG2_E, scale, *made.images,
     )  # fmt: skip
 
 

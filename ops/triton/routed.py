@@ -2,89 +2,113 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..cache import SCHEDULES
 from ..routing import Regions, inverse_lists
 from . import block_sparse
 from .configs import Config, architecture, choose, precision_name
-from .launch import LOG2_E, constants, layout, power_of_two, precision, readable, units, wide
+from .launch import LOG2_E, Strides, constants, layout, power_of_two, precision, readable, units, wide
+from .launcher import Launcher
 from .schedule import LOAD_SCORES
 
 __all__ = ["backward", "forward"]
 
 MOST_BITS = 64  # regions of an image that one int64 holds a bit each for
+DENSE_BLOCK = 64  # queries of a tile where the whole image is masked
 
 
+@dataclass(frozen=True)
 class _Call:
-    """Inputs as kernels read them, and the choice between lists of regions and a mask of bits."""
+    """What a launch follows from: regions, sizes and strides of its tensors; batch left out."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, regions: Regions, zero_pad: bool, *, forward: bool
-    ) -> None:
-        names = ("q", "k", "v") if forward else ("", "", "")
-        self.q, self.k, self.v = (readable(t, name) for t, name in zip((q, k, v), names, strict=True))
-        self.routes, self.regions = routes.contiguous(), regions
-        self.zero_keys = zero_pad and any(regions.padding)
-        self.batch, self.heads, self.topk = q.shape[0], q.shape[3], routes.shape[2]
-        self.d, self.dv = q.shape[4], v.shape[4]
-        slots = power_of_two(min(regions.tokens, 64))
-        self.configs = {op: self._config(op, slots) for op in ("forward", "query", "key")}
-        self.dense = self._dense(self.configs["forward"])
-        if self.dense:
-            self.configs = {op: self._config(op, 64) for op in self.configs}
-        # A region never lists another twice, so the sum of its bits is their union.
-        bits = torch.ones_like(self.routes).bitwise_left_shift(self.routes).sum(2) if self.dense else self.routes
-        self.chosen = bits
+    regions: Regions
+    topk: int
+    heads: int
+    d: int
+    dv: int
+    dtype: torch.dtype
+    device: torch.device
+    zero_pad: bool
+    layout: tuple[tuple[str, Strides], ...]
+    precision: str
 
-    def _config(self, op: str, slots: int) -> Config:
+    @property
+    def zero_keys(self) -> bool:
+        """Whether slots without a token take part."""
+        return self.zero_pad and any(self.regions.padding)
+
+    def config(self, op: str, slots: int) -> Config:
+        """Launch configuration of "forward", "query" or "key", for tiles of that many slots."""
         block_d = power_of_two(max(self.d, self.dv))
-        arch = architecture(self.q.device)
-        return choose(f"routing.{op}", arch, precision_name(self.q.dtype), block_d, f"region{slots}")
+        where = architecture(self.device), precision_name(self.dtype)
+        return choose(f"routing.{op}", *where, block_d, f"region{slots}")
 
-    def _dense(self, config: Config) -> bool:
-        """Whether masking the whole image is less work than lists, whose tiles hold one region each."""
+    def chosen_config(self, op: str) -> tuple[Config, bool]:
+        """Configuration of a kernel, and whether it masks the whole image.
+
+        That is where it is less work than lists, whose tiles hold one region each: the same for every kernel.
+        """
         r, tokens = self.regions, self.regions.height * self.regions.width
-        if r.count > MOST_BITS or self.zero_keys:
-            return False
-
-        def padded(n: int, block: int) -> int:
-            return -(-n // block) * block
+        slots = power_of_two(min(r.tokens, DENSE_BLOCK))
+        by_lists = self.config("forward", slots)
 
         def work(tiles: int, block_m: int, streamed: int) -> int:
-            return tiles * (block_m + LOAD_SCORES) * padded(streamed, config.block_n)
+            return tiles * (block_m + LOAD_SCORES) * -(-streamed // by_lists.block_n) * by_lists.block_n
 
-        lists = work(r.count * -(-r.tokens // config.block_m), config.block_m, self.topk * r.tokens)
-        return work(-(-tokens // 64), 64, tokens) < lists
+        lists = work(r.count * -(-r.tokens // by_lists.block_m), by_lists.block_m, self.topk * r.tokens)
+        whole = work(-(-tokens // DENSE_BLOCK), DENSE_BLOCK, tokens)
+        dense = r.count <= MOST_BITS and not self.zero_keys and whole < lists
+        return self.config(op, DENSE_BLOCK if dense else slots), dense
 
-    def tiles(self, config: Config) -> int:
-        """Tiles of one image."""
-        if self.dense:
-            return -(-self.regions.height * self.regions.width // config.block_m)
-        return self.regions.count * -(-self.regions.tokens // config.block_m)
 
-    def programs(self, op: str) -> int:
-        """Programs of a launch."""
-        return self.tiles(self.configs[op]) * self.heads * self.batch
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """One kernel of a call.
 
-    def common(self, op: str, **named: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
-        """Image strides and constants of a kernel; `named` tensors come before q, k, v, or after them if gradients."""
-        config, r = self.configs[op], self.regions
-        first = {name: t for name, t in named.items() if name == "G"}
-        last = {name: t for name, t in named.items() if name != "G"}
-        strides = dict(layout(**first, Q=self.q, K=self.k, V=self.v, **last))
-        unit = units(strides)
-        return tuple(s.image // unit for s in strides.values()), {
-            "HEADS": self.heads, "D": self.d, "DV": self.dv,
-            "BLOCK_D": power_of_two(self.d), "BLOCK_DV": power_of_two(self.dv),
-            "UNIT": unit, "WIDE": wide(strides, r.height * r.width), "PRECISION": precision(self.q.dtype),
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": self.tiles(config),
-            "REGIONS": r.count, "TOPK": self.topk, "HEIGHT": r.height, "WIDTH": r.width, "ACROSS": r.nx,
-            "SIZE_Y": r.size_y, "SIZE_X": r.size_x, "DENSE": self.dense,
-            "num_warps": config.num_warps, "num_stages": config.num_stages, **constants(strides),
-        }  # fmt: skip
+    Attributes:
+        dense: regions are bits of a mask, not lists. images: image strides of its tensors, in units.
+        programs: of one image.
+    """
+
+    dense: bool
+    images: tuple[int, ...]
+    programs: int
+    launch: Launcher
+    nbytes: int = 0
+
+
+def _pass(call: _Call, op: str) -> _Pass:
+    """The pass "forward", "query" or "key" of a call; cached."""
+    return SCHEDULES.get(("routing", op, call), partial(_make_pass, call, op), call.device)
+
+
+def _make_pass(call: _Call, op: str) -> _Pass:
+    (config, dense), r, strides = call.chosen_config(op), call.regions, dict(call.layout)
+    slots, of = (r.height * r.width, 1) if dense else (r.tokens, r.count)
+    tiles, unit = of * -(-slots // config.block_m), units(strides)
+    made = {
+        "HEADS": call.heads, "D": call.d, "DV": call.dv,
+        "BLOCK_D": power_of_two(call.d), "BLOCK_DV": power_of_two(call.dv),
+        "UNIT": unit, "WIDE": wide(strides, r.height * r.width), "PRECISION": call.precision,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": tiles,
+        "REGIONS": r.count, "TOPK": call.topk, "HEIGHT": r.height, "WIDTH": r.width, "ACROSS": r.nx,
+        "SIZE_Y": r.size_y, "SIZE_X": r.size_x, "DENSE": dense,
+        "num_warps": config.num_warps, "num_stages": config.num_stages, **constants(strides),
+    }  # fmt: skip
+    if op != "key":
+        made["ZERO_KEYS"] = call.zero_keys
+    images = tuple(s.image // unit for s in strides.values())
+    return _Pass(dense, images, tiles * call.heads, Launcher(made))
+
+
+def _bits(routes: Tensor) -> Tensor:
+    """(B, regions) int64, bit s set where a region chose region s: none is listed twice, so the sum is the union."""
+    return torch.bitwise_left_shift(1, routes).sum(2)
 
 
 def forward(
@@ -96,11 +120,12 @@ def forward(
     lse = made(q.shape[0], q.shape[3], regions.count, regions.tokens, dtype=torch.float32, device=q.device)
     if not q.shape[0]:
         return out, lse
-    call = _Call(q, k, v, routes, regions, zero_pad, forward=True)
-    images, constant = call.common("forward")
-    block_sparse.forward_kernel[call.programs("forward"),](
-        call.q, call.k, call.v, out, lse, call.routes, call.chosen, scale * LOG2_E,
-        *images, ZERO_KEYS=call.zero_keys, **constant,
+    q, k, v, routes = readable(q, "q"), readable(k, "k"), readable(v, "v"), routes.contiguous()
+    sizes = (routes.shape[2], q.shape[3], q.shape[4], v.shape[4], q.dtype, q.device, zero_pad)
+    own = _pass(_Call(regions, *sizes, layout(Q=q, K=k, V=v), precision(q.dtype)), "forward")
+    own.launch(
+        block_sparse.forward_kernel, own.programs * q.shape[0], q, k, v, out, lse, routes,
+        _bits(routes) if own.dense else routes, scale * LOG2_E, *own.images,
     )  # fmt: skip
     return out, lse
 
@@ -110,18 +135,21 @@ def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, regions: Regions, zero_pad: bool, scale: float,
 ) -> None:  # fmt: skip
     """Fill dq, dk and dv (all entries are written)."""
-    if not q.shape[0]:
+    batch = q.shape[0]
+    if not batch:
         return
-    call = _Call(q, k, v, routes, regions, zero_pad, forward=False)
-    grad, sums = readable(grad), torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
-    images, constant = call.common("query", G=grad, DQ=dq)
-    block_sparse.query_kernel[call.programs("query"),](
-        grad, call.q, call.k, call.v, out, lse, dq, sums, call.routes, call.chosen, scale * LOG2_E, scale,
-        *images, ZERO_KEYS=call.zero_keys, **constant,
+    q, k, v, grad, routes = readable(q), readable(k), readable(v), readable(grad), routes.contiguous()
+    sums = torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
+    sizes = (routes.shape[2], q.shape[3], q.shape[4], v.shape[4], q.dtype, q.device, zero_pad)
+    own = _pass(_Call(regions, *sizes, layout(G=grad, Q=q, K=k, V=v, DQ=dq), precision(q.dtype)), "query")
+    chosen = _bits(routes) if own.dense else routes
+    own.launch(
+        block_sparse.query_kernel, own.programs * batch, grad, q, k, v, out, lse, dq, sums, routes, chosen,
+        scale * LOG2_E, scale, *own.images,
     )  # fmt: skip
-    chosen_by, bounds = (call.routes, call.routes) if call.dense else inverse_lists(call.routes, regions.count)
-    images, constant = call.common("key", G=grad, DK=dk, DV=dv)
-    block_sparse.key_kernel[call.programs("key"),](
-        grad, call.q, call.k, call.v, sums, dk, dv, chosen_by, bounds, call.chosen, scale * LOG2_E, scale,
-        *images, **constant,
+    own = _pass(_Call(regions, *sizes, layout(G=grad, Q=q, K=k, V=v, DK=dk, DV=dv), precision(q.dtype)), "key")
+    chosen_by, bounds = (routes, routes) if own.dense else inverse_lists(routes, regions.count)
+    own.launch(
+        block_sparse.key_kernel, own.programs * batch, grad, q, k, v, sums, dk, dv, chosen_by, bounds, chosen,
+        scale * LOG2_E, scale, *own.images,
     )  # fmt: skip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache, partial
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from .axis_tiles import axis_tiles
 from .cells import Cells, cell_slots, cells
 from .configs import Config, architecture, choose, known, precision_name
 from .launch import Strides, constants, power_of_two, precision, units, wide
+from .launcher import Launcher
 from .schedule import Schedule, choose_tile, schedule
 
 __all__ = ["CellPass", "Site", "TilePass", "cell_pass", "make_site", "tile_pass"]
@@ -26,10 +28,12 @@ GRID_COST = 1.25  # what the gradient of a bias table may add to the dQ pass, wh
 ATLAS_BYTES = 16 << 20  # larger tables of tiles are not made: entries are looked up in the kernel
 
 
-class Site(NamedTuple):
-    """A pattern on a map, the tensors' sizes and strides, the bias's kind. Hashable, cheap to make.
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A pattern on a map, the tensors' sizes and strides, the bias's kind: one object for all calls that agree in them.
 
     Attributes:
+        bias_dtype: None where there is no bias.
         entries: of a bias table, per head. rel_rows: of the two tables of a decomposed bias.
         layout: name in the kernels and strides of every tensor that is not made by the op itself.
     """
@@ -43,6 +47,7 @@ class Site(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     kind: BiasKind
+    bias_dtype: torch.dtype | None
     entries: int
     rel_rows: tuple[int, int]
     layout: tuple[tuple[str, Strides], ...]
@@ -73,7 +78,7 @@ class Site(NamedTuple):
         """Entry of displacement 0 in a table of true positions."""
         return (self.height - 1) * (2 * self.width - 1) + self.width - 1
 
-    def launch(self, names: tuple[str, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    def constants(self, names: tuple[str, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
         """Constants that every kernel takes, and the image strides, in units, of the tensors that this one reads."""
         layout = dict(self.layout)
         unit = units(layout)
@@ -100,16 +105,28 @@ def make_site(
     layout: tuple[tuple[str, Strides], ...],
 ) -> Site:  # fmt: skip
     """The site of a call whose tensors are readable."""
-    height, width, heads, d = k.shape[1], k.shape[2], q.shape[3], q.shape[4]
+    shapes = (None if bias is None else bias.shape, None if rel_x is None else rel_x.shape)
+    dtypes = (q.dtype, None if bias is None else bias.dtype)
+    return _site(pattern, k.shape[1:], v.shape[4], q.device, shapes, dtypes, layout, precision(q.dtype))
+
+
+@lru_cache(maxsize=1024)
+def _site(
+    pattern: Pattern, keys: tuple[int, int, int, int], dv: int, device: torch.device,
+    bias: tuple[tuple[int, ...] | None, tuple[int, ...] | None], dtypes: tuple[torch.dtype, torch.dtype | None],
+    layout: tuple[tuple[str, Strides], ...], precision: str,
+) -> Site:  # fmt: skip
+    height, width, heads, d = keys
     resolved = resolve(pattern, height, width)
-    kind = bias_kind(bias, rel_x, resolved, heads, d)
+    table, rel_x = (None if shape is None else torch.empty(shape, device="meta") for shape in bias)
+    kind = bias_kind(table, rel_x, resolved, heads, d)
     rows, entries = (0, 0), 0
     if kind is BiasKind.DECOMPOSED:
         rows = (2 * resolved.y.rel_reach + 1, 2 * resolved.x.rel_reach + 1)
-    elif bias is not None:
-        entries = bias.numel() // heads
+    elif bias[0] is not None:
+        entries = prod(bias[0][1:])
     return Site(
-        pattern, height, width, heads, d, v.shape[4], q.dtype, q.device, kind, entries, rows, layout, precision(q.dtype)
+        pattern, height, width, heads, d, dv, dtypes[0], device, kind, dtypes[1], entries, rows, layout, precision
     )
 
 
@@ -123,6 +140,7 @@ class TilePass:
         entry: (K, M, N) flat table entries for "atlas", the mask itself for "mask", else None.
         order, codes: tensors the kernel reads, or any tensor where it reads none.
         images: image strides of the tensors the kernel reads, in units.
+        launch: launches its kernel.
         key: what its schedule is cached by, which says nothing of the tensors' strides.
     """
 
@@ -133,7 +151,7 @@ class TilePass:
     entry: Tensor | None
     order: Tensor
     codes: Tensor
-    constants: dict[str, Any]
+    launch: Launcher
     images: tuple[int, ...]
     key: tuple[Any, ...]
 
@@ -143,9 +161,9 @@ class TilePass:
         held = (*((self.entry,) if self.entry is not None else ()), self.order, self.codes)
         return self.plan.nbytes + sum(t.nbytes for t in held if t is not self.plan.order and t is not self.plan.tiles)
 
-    def programs(self, heads: int, batch: int) -> tuple[int]:
-        """Grid of a launch in which a program takes config.run images."""
-        return (int(self.plan.tiles.shape[0]) * heads * -(-batch // self.config.run),)
+    def programs(self, heads: int, batch: int) -> int:
+        """Programs of a launch in which each takes config.run images."""
+        return int(self.plan.tiles.shape[0]) * heads * -(-batch // self.config.run)
 
 
 def tile_pass(
@@ -160,11 +178,11 @@ def tile_pass(
     """
 
     def build() -> TilePass:
-        made, images = site.launch(names)
+        made, images = site.constants(names)
         if like is not None:
             config = replace(site.config(op, like.family), block_m=like.config.block_m)
-            made |= _tile_constants(site, config, like.plan, like.how)
-            return replace(like, config=config, constants=made, images=images)
+            made |= _tile_constants(site, op, config, like.plan, like.how, table)
+            return replace(like, config=config, launch=Launcher(made), images=images)
         for family in site.families:
             config = site.config(op, family)
             grid = table and family == "plane" and _on_grid(site, config)
@@ -177,9 +195,9 @@ def tile_pass(
             how, entry = _terms(site, plan, family, key)
             if entry is not None:
                 break
-        made |= _tile_constants(site, config, plan, how)
+        made |= _tile_constants(site, op, config, plan, how, table)
         order = plan.tiles if plan.order is None else plan.order
-        return TilePass(family, config, plan, how, entry, order, site.codes(plan.tiles), made, images, key)
+        return TilePass(family, config, plan, how, entry, order, site.codes(plan.tiles), Launcher(made), images, key)
 
     return SCHEDULES.get((site, op, table), build, site.device)
 
@@ -220,12 +238,24 @@ def _on_grid(site: Site, config: Config) -> bool:
     return min(pairs) >= 16 and cost[0] <= GRID_COST * choose_tile(resolved, config.block_m, False)[1][0]
 
 
-def _tile_constants(site: Site, config: Config, plan: Schedule, how: str) -> dict[str, Any]:
-    return {
+def _tile_constants(site: Site, op: str, config: Config, plan: Schedule, how: str, table: bool) -> dict[str, Any]:
+    """Constants of kernel `op`; table: it takes the gradient of the bias table along where slots lie on a grid."""
+    made = {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SLOTS": plan.streamed.shape[2], "BIAS": how,
         "PITCH": plan.pitch, "REL_Y": site.rel_rows[0], "REL_X": site.rel_rows[1],
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
+    if op != "neighborhood.bias":
+        made["IMAGES"] = config.run
+    if op != "neighborhood.key":
+        made["ZERO_KEYS"] = plan.zero_keys
+    if op == "neighborhood.query":
+        grid = plan.grid if table and plan.grid is not None else (0, 0, 0)
+        rows = (site.entries // plan.pitch, plan.pitch) if grid[0] else ()
+        made |= dict(zip(("GRID_Y", "GRID_X", "GRID_K"), grid, strict=True))
+        made |= dict(zip(("TABLE_Y", "TABLE_X"), map(power_of_two, rows) if rows else (0, 0), strict=True))
+        made |= dict(zip(("KEYS_Y", "KEYS_X"), map(power_of_two, plan.sides), strict=True))
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +267,7 @@ class CellPass:
     how: str
     order: Tensor
     codes: Tensor
-    constants: dict[str, Any]
+    launch: Launcher
     images: tuple[int, ...]
 
     @cached_property
@@ -255,11 +285,11 @@ class CellPass:
         return groups
 
 
-def _rows_of_cells(site: Site, slots: int) -> bool:
-    """Whether both passes have a configuration: where a whole cell would not fit the registers there is none."""
-    block_d, arch = power_of_two(max(site.d, site.dv)), architecture(site.device)
-    names = (f"window.{name}" for name in ("forward", "backward"))
-    return all(known(name, arch, precision_name(site.dtype), block_d, f"cell{slots}") for name in names)
+@dataclass(frozen=True)
+class _NoCells:
+    """Said of a site that is cut into tiles."""
+
+    nbytes: int = 0
 
 
 def cell_pass(site: Site, op: str, names: tuple[str, ...]) -> CellPass | None:
@@ -267,18 +297,26 @@ def cell_pass(site: Site, op: str, names: tuple[str, ...]) -> CellPass | None:
 
     None where the pattern has no cells, or none that one program can hold: it is cut into tiles then, as any other.
     """
-    slots = cell_slots(site.pattern, site.height, site.width)
-    if site.kind is BiasKind.DECOMPOSED or slots is None or not _rows_of_cells(site, slots):
-        return None
 
-    def build() -> CellPass:
+    def build() -> CellPass | _NoCells:
+        slots = cell_slots(site.pattern, site.height, site.width)
+        if site.kind is BiasKind.DECOMPOSED or slots is None or not _rows_of_cells(site, slots):
+            return _NoCells()
         place = (site.pattern, site.height, site.width, site.device, site.coded)
         held = SCHEDULES.get(("cells", *place), partial(cells, *place), site.device)
         config = site.config(op, f"cell{slots}")
         how = {BiasKind.TABLE: "atlas", BiasKind.POSITIONS: "positions"}.get(site.kind, "none")
-        made, images = site.launch(names)
+        made, images = site.constants(names)
         made |= {"BLOCK_M": slots, "BIAS": how, "num_warps": config.num_warps, "num_stages": config.num_stages}
         order = held.first if held.order is None else held.order
-        return CellPass(config, held, how, order, site.codes(held.first), made, images)
+        return CellPass(config, held, how, order, site.codes(held.first), Launcher(made), images)
 
-    return SCHEDULES.get((site, op), build, site.device)
+    found = SCHEDULES.get((site, op), build, site.device)
+    return found if isinstance(found, CellPass) else None
+
+
+def _rows_of_cells(site: Site, slots: int) -> bool:
+    """Whether both passes have a configuration: where a whole cell would not fit the registers there is none."""
+    block_d, arch = power_of_two(max(site.d, site.dv)), architecture(site.device)
+    names = (f"window.{name}" for name in ("forward", "backward"))
+    return all(known(name, arch, precision_name(site.dtype), block_d, f"cell{slots}") for name in names)

@@ -99,8 +99,10 @@ def test_any_routes(device: torch.device, name: str, dense: bool, change: Change
 
 
 def choose_form(change: Change, dense: bool) -> None:
+    from nearfield.ops.cache import SCHEDULES
     from nearfield.ops.triton import routed
 
+    SCHEDULES.clear()
     change(routed, "MOST_BITS", 64 if dense else 0)
     if dense:
         change(routed, "LOAD_SCORES", 1 << 20)  # tiles are what costs
