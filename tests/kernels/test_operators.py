@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -95,8 +96,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, 2, 8))
         bias = None if len(self.bias) == 0 else self.bias[0] if len(self.bias) == 1 else (self.bias[0], self.bias[1])
-        out = local_attention(qkv, None, None, self.pattern, bias=bias, backend="triton")
-        out = out + routing_attention(qkv, None, None, None, 2, region_size=3, backend="triton")
+        out = local_attention(qkv, None, None, self.pattern, bias=bias)
+        out = out + routing_attention(qkv, None, None, None, 2, region_size=3)
         return self.proj(out.flatten(3))
 
 
@@ -104,7 +105,9 @@ KINDS = [(Window(3, 1), "table"), (Neighborhood(3), "table"), (Halo(3, 1), "deco
 
 
 @pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
+def _fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled before; the environment names the backend, as it does for other people's models."""
+    monkeypatch.setenv("NEARFIELD_BACKEND", "triton")
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -117,12 +120,19 @@ def gradients(call: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tens
 
 @pytest.mark.usefixtures("_fresh_dynamo")
 @everywhere("pattern, kind", KINDS, fast=(1,), fast_on_gpu=(1,))
-def test_compiled_whole_equals_eager_in_both_passes(device: torch.device, pattern: Pattern, kind: str) -> None:
+def test_compiled_whole_equals_eager_in_both_passes(
+    device: torch.device, pattern: Pattern, kind: str, launched: list[tuple[str, Any]]
+) -> None:
     model = Block(pattern, kind, (5, 6)).to(device)
     x = torch.randn(1, 5, 6, 16, device=device, requires_grad=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     parameters = list(model.parameters())
-    torch.testing.assert_close(gradients(compiled, x, parameters), gradients(model, x, parameters))
+    want = gradients(model, x, parameters)
+    kernels = sorted(name for name, _ in launched)
+    launched.clear()
+    torch.testing.assert_close(gradients(compiled, x, parameters), want)
+    assert sorted(name for name, _ in launched) == kernels
+    assert {"block_sparse.forward", "block_sparse.key"} < set(kernels)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
 

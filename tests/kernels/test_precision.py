@@ -14,7 +14,7 @@ from nearfield.ops import (
     Window,
     local_attention,
 )
-from ops_helpers import FEW, make_case
+from ops_helpers import FEW, Case, make_case
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -137,3 +137,59 @@ def test_any_scale(device: torch.device, scale: float) -> None:
     for i, small in enumerate(SMALL[: 2 if device.type == "cpu" else 5]):
         dtype = (torch.float32, *HALVES)[i % 3]
         assert_matches(make_case(*small, heads=1, head_dim=16, scale=scale, dtype=dtype).to(device))
+
+
+# --- scores far from zero ---------------------------------------------------------------------------------------------
+
+# Every source of bias and mask: an atlas of cells, of tiles and of a curve, entries by place, q . rel, a mask.
+SOURCES = [*SMALL, (HilbertNeighborhood(5), 5, 6, "table"), (Neighborhood(3, 2), 7, 6, "none")]
+OFFSET = 30.0  # what bfloat16 holds in steps of 1/8
+
+
+def far_from_zero(number: int, dtype: torch.dtype, offset: float) -> Case:
+    """A call with `offset` added to every entry of its float32 table."""
+    case = make_case(*SOURCES[number], heads=1, head_dim=16, dtype=dtype, bias_dtype=torch.float32)
+    if case.biases == 1:
+        case.leaves[-1] += offset
+    return case
+
+
+@everywhere(
+    "number, dtype, offset",
+    [(n, dtype, OFFSET * (-1) ** (n + i)) for n in range(len(SOURCES)) for i, dtype in enumerate(HALVES)],
+    fast=range(14),
+    fast_on_gpu=(0, 3, 7, 8),
+)
+def test_scores_that_spread_wide_around_a_large_offset(
+    device: torch.device, number: int, dtype: torch.dtype, offset: float
+) -> None:
+    """A standard deviation of 8: one key has nearly all the weight of many queries."""
+    case = far_from_zero(number, dtype, offset)
+    case.leaves[0] *= 8
+    assert_matches(case.to(device))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # in slots without a token: they are not stored
+@everywhere("dtype, zero_pad", [(d, z) for d in HALVES for z in (False, True)], fast=range(4), fast_on_gpu=(1, 2))
+def test_routed_scores_that_spread_wide(device: torch.device, dtype: torch.dtype, zero_pad: bool) -> None:
+    call = make_routed(5, 7, 3, 2, zero_pad=zero_pad, batch=1, heads=1, head_dim=16, dtype=dtype)
+    call.leaves[0] *= 8
+    assert_matches(call.to(device))
+
+
+@everywhere(
+    "number, dtype, offset",
+    [(n, dtype, OFFSET * (-1) ** (n + i)) for n in (0, 1, 3, 4, 5) for i, dtype in enumerate(HALVES)],
+    fast=range(10),
+    fast_on_gpu=(1, 2),
+)
+def test_a_common_offset_of_a_table_changes_nothing(
+    device: torch.device, number: int, dtype: torch.dtype, offset: float
+) -> None:
+    """Softmax takes it out again, to the last digits of float32: what is added to scores is never rounded to half."""
+    runs = []
+    for added in (0.0, offset):
+        torch.manual_seed(0)
+        runs.append(far_from_zero(number, dtype, added).to(device).run("triton"))
+    for want, got in zip(*runs, strict=True):  # a weight and the sum it is in may be rounded to the other side
+        assert largest(got.double() - want.double()) <= 2 * torch.finfo(dtype).eps * largest(want.double())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import nearfield.ops.attention as attention
@@ -43,6 +44,8 @@ from ops_helpers import (
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -487,6 +490,101 @@ def test_an_unknown_backend_is_refused_and_never_replaced(
         monkeypatch.setenv("NEARFIELD_BACKEND", name)
         with pytest.raises(ValueError, match=said):
             ran()
+
+
+# --- choice of backend while tracing ----------------------------------------------------------------------------------
+
+
+class Both(nn.Module):
+    """A static pattern with a bias, and routing."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        out = local_attention(q, k, v, Neighborhood(3), bias=table)
+        return out + routing_attention(q, k, v, None, 2, region_size=3)
+
+
+Inputs = tuple[Tensor, ...]
+
+
+def traced(call: Callable[..., Tensor], inputs: Inputs) -> torch.fx.Graph:
+    return make_fx(call)(*inputs).graph
+
+
+def compiled(call: Callable[..., Tensor], inputs: Inputs) -> torch.fx.Graph:
+    graphs: list[torch.fx.Graph] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(module.graph)
+        return module
+
+    torch.compile(call, fullgraph=True, backend=keep, dynamic=True)(*inputs)
+    (graph,) = graphs
+    return graph
+
+
+def exported(call: Callable[..., Tensor], inputs: Inputs) -> torch.fx.Graph:
+    batch = {0: torch.export.Dim("batch", min=1, max=16)}
+    graph = torch.export.export(call, inputs, dynamic_shapes=(batch, batch, batch, None)).graph
+    first = next(node for node in graph.nodes if node.op == "placeholder")
+    assert not isinstance(first.meta["val"].shape[0], int)  # a symbol
+    return graph
+
+
+def backends_in(graph: torch.fx.Graph) -> list[tuple[str, str]]:
+    """Name and last argument of every operator of ours."""
+    calls = [(str(node.target).split("."), node.args) for node in graph.nodes if node.op == "call_function"]
+    return [(name[1], args[-1]) for name, args in calls if name[0] == "nearfield"]
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "backend"),
+    [
+        ("cuda", torch.bfloat16, 32, "triton"),
+        ("cuda", torch.float32, 128, "triton"),
+        ("cuda", torch.float64, 32, "torch"),
+        ("cuda", torch.float16, 136, "torch"),
+        ("cpu", torch.float32, 32, "torch"),
+    ],
+)
+@pytest.mark.parametrize("trace", [traced, compiled, exported])
+def test_tracing_chooses_triton_for_the_cuda_tensors_that_it_takes(
+    trace: Callable[[Callable[..., Tensor], Inputs], torch.fx.Graph],
+    device: str, dtype: torch.dtype, head_dim: int, backend: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On tensors that nobody computes: the machine that traces needs no GPU, and no Triton."""
+    monkeypatch.delenv("NEARFIELD_BACKEND", raising=False)
+    monkeypatch.setattr(attention, "_HAS_TRITON", True)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        q, k, v = (torch.empty(2, 6, 7, 2, head_dim, dtype=dtype, device=device) for _ in range(3))
+        inputs = (q, k, v, torch.empty(2, 5, 5, device=device))
+        graph = trace(Both(), inputs)
+    assert backends_in(graph) == [("local_attention", backend), ("routing_attention", backend)]
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize(("major", "backend"), [(7, "torch"), (8, "triton"), (9, "triton")])
+def test_gpus_older_than_ampere_keep_the_torch_backend(
+    major: int, backend: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from torch._dynamo import utils
+
+    monkeypatch.delenv("NEARFIELD_BACKEND", raising=False)
+    monkeypatch.setattr(attention, "_HAS_TRITON", True)
+    # What torch.cuda.get_device_properties asks, and what torch.compile takes for a constant.
+    for name, value in (("_initialized", True), ("_lazy_init", lambda: None), ("device_count", lambda: 1)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    properties = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "_get_device_properties", lambda device: properties, raising=False)
+    utils.common_constant_types.add(SimpleNamespace)
+    request.addfinalizer(lambda: utils.common_constant_types.discard(SimpleNamespace))
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        q, k, v = (torch.empty(2, 6, 7, 2, 32, device="cuda:0") for _ in range(3))
+        graph = compiled(Both(), (q, k, v, torch.empty(2, 5, 5, device="cuda:0")))
+        if backend == "torch":
+            with pytest.raises(ValueError, match=r"capability 8\.0 or newer, which cuda:0 has not"):
+                local_attention(q, k, v, Window(3), backend="triton")
+    assert backends_in(graph) == [("local_attention", backend), ("routing_attention", backend)]
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
