@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest -c tests/pytest.ini
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: help train eval test test-fast test-gpu test-kernels-slow lint format clean
+.PHONY: help train eval test test-fast test-gpu lint format clean
 
 help:
 	@echo "make train      train a small NAT on handwritten digits (ARGS='model=swin_nano' to change things)"
@@ -25,9 +25,8 @@ train: $(VENV)/.installed
 eval: $(VENV)/.installed
 	@$(BIN)/python eval.py $(ARGS)
 
-# Three processes: one that interprets kernels cannot compile them. The kernels' long tail takes half an hour and has a
-# target of its own, test-kernels-slow. $(1) narrows the marks. Nothing collected (code 5) is
-# a failure, but where ARGS selects tests and some of them are found in another phase.
+# Three processes: one that interprets kernels cannot compile them. $(1) narrows the marks. Nothing collected (code 5)
+# is a failure, but where ARGS selects tests and some of them are found in another phase.
 define run_tests
 	@result=0; found=no; \
 	phase() { \
@@ -42,8 +41,8 @@ define run_tests
 	}; \
 	phase "1 of 3: everything but kernels" tests \
 		env -u TRITON_INTERPRET $(PYTEST) -m "not interpreted and not aot and not gpu$(1)"; \
-	phase "2 of 3: kernels, interpreted" tests/kernels env TRITON_INTERPRET=1 $(PYTEST) -m "interpreted and not slow"; \
-	phase "3 of 3: kernels, compiled ahead of time" tests/kernels env -u TRITON_INTERPRET $(PYTEST) -m "aot and not slow"; \
+	phase "2 of 3: kernels, interpreted" tests/kernels env TRITON_INTERPRET=1 $(PYTEST) -m "interpreted$(1)"; \
+	phase "3 of 3: kernels, compiled ahead of time" tests/kernels env -u TRITON_INTERPRET $(PYTEST) -m "aot$(1)"; \
 	if [ $$result = 0 ] && [ $$found = no ]; then echo "ARGS selects no test of any phase"; result=5; fi; \
 	exit $$result
 endef
@@ -53,10 +52,6 @@ test: $(VENV)/.installed-test
 
 test-fast: $(VENV)/.installed-test
 	$(call run_tests, and not slow)
-
-test-kernels-slow: $(VENV)/.installed-test
-	env TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "interpreted and slow" $(ARGS)
-	env -u TRITON_INTERPRET $(PYTEST) tests/kernels -m "aot and slow" $(ARGS)
 
 test-gpu: $(VENV)/.installed-test
 	env -u TRITON_INTERPRET $(PYTEST) tests -m "gpu and not slow" $(ARGS)
