@@ -2,80 +2,124 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from threading import Lock
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 __all__ = ["SCHEDULES", "Held", "Sized", "TensorCache"]
 
 
 class Sized(Protocol):
-    """A tensor, or a few of them held together."""
+    """Several tensors held together, some of them perhaps by others too."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
+    def tensors(self) -> Sequence[Tensor]:
+        """All that are held."""
 
 
-Held = TypeVar("Held", bound=Sized)
+Held = TypeVar("Held", bound=Tensor | Sized)
 
 
 class TensorCache:
-    """Tensors derived from shapes and patterns, never from parameters; or values that hold several (see `Sized`)."""
+    """Tensors derived from shapes and patterns, never from parameters; or values that hold several (see `Sized`).
+
+    A tensor that several values hold counts once.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._bytes = 0
-        self._tensors: OrderedDict[Hashable, Any] = OrderedDict()
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._holders: dict[int, int] = {}
+        self._dropped: OrderedDict[Hashable, None] = OrderedDict()
         self._captured: dict[int, Any] = {}
         self._lock = Lock()
 
     def get(self, key: Hashable, build: Callable[[], Held], device: torch.device) -> Held:
-        """The tensor of `key` on `device`, built on first use. One larger than the whole cache is built and not kept.
+        """The value of `key` on `device`, built on first use. One larger than the whole cache is built and not kept.
 
         What is used while a CUDA graph is captured is never freed: a replay would read freed memory.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured and the tensor is not there yet.
+            RuntimeError: a CUDA graph is being captured and the value is not there yet.
         """
         with self._lock:
-            found = self._tensors.get(key)
+            found = self._values.get(key)
             if found is not None:
-                self._tensors.move_to_end(key)
+                self._values.move_to_end(key)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if found is None:
             if capturing:
-                raise RuntimeError("a CUDA graph is captured of a call that was not made before: run it once, eagerly")
-            found = self._keep(key, _built(build, device))
+                raise RuntimeError(
+                    "a CUDA graph is captured of a call that was not made before at this batch: run it once, eagerly"
+                )
+            found = _built(build, device)
+            self._keep(key, found)
         if capturing:
             self._captured[id(found)] = found
         return cast(Held, found)
 
-    def _keep(self, key: Hashable, made: Held) -> Held:
-        size = made.nbytes
+    def _keep(self, key: Hashable, made: Tensor | Sized) -> None:
         with self._lock:
-            if size <= self.max_bytes and key not in self._tensors:
-                self._tensors[key] = made
-                self._bytes += size
-                while self._bytes > self.max_bytes:
-                    _, old = self._tensors.popitem(last=False)
-                    self._bytes -= old.nbytes
-        return made
+            if key in self._values:
+                return
+            again = key in self._dropped
+            dropped = []
+            if sum(t.nbytes for t in _tensors(made)) > self.max_bytes:
+                self._dropped[key] = None
+            else:
+                self._values[key] = made
+                self._count(made, 1)
+            while self._bytes > self.max_bytes:
+                dropped.append(self._values.popitem(last=False))
+                self._count(dropped[-1][1], -1)
+                self._dropped[dropped[-1][0]] = None
+            while len(self._dropped) > 4096:
+                self._dropped.popitem(last=False)
+        for device in {t.device for _, value in dropped for t in _tensors(value) if t.device.type == "cuda"}:
+            torch.cuda.synchronize(device)  # kernels of any stream may still read what is freed now
+        if again:
+            _say_once(
+                f"nearfield's schedules take more than {self.max_bytes >> 20} MB and are made again and again: "
+                "raise nearfield.ops.cache.SCHEDULES.max_bytes, or use fewer sizes and patterns in turn"
+            )
+
+    def _count(self, value: Tensor | Sized, step: int) -> None:
+        """Add or take away a holder of every tensor; those without one do not count."""
+        for tensor in {id(t): t for t in _tensors(value)}.values():
+            before = self._holders.pop(id(tensor), 0)
+            if before + step:
+                self._holders[id(tensor)] = before + step
+            self._bytes += tensor.nbytes * (bool(before + step) - bool(before))
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._tensors.clear()
+            self._values.clear()
+            self._holders.clear()
+            self._dropped.clear()
             self._bytes = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
         return self._bytes
+
+
+def _tensors(value: Tensor | Sized) -> Sequence[Tensor]:
+    return (value,) if isinstance(value, Tensor) else value.tensors
+
+
+@cache
+def _say_once(notice: str) -> None:
+    warnings.warn(notice, stacklevel=2)
 
 
 def _built(build: Callable[[], Held], device: torch.device) -> Held:

@@ -24,13 +24,14 @@ from nearfield.ops.triton import configs
 from nearfield.ops.triton.configs import Config
 
 __all__ = [
-    "ARCHITECTURES",
+    "EVERYWHERE",
     "PLAN",
     "Figures",
     "candidates",
     "choose_rows",
     "figures",
     "planned",
+    "replaced",
     "roomy",
     "shipped",
     "streams",
@@ -41,6 +42,7 @@ __all__ = [
 ARCHITECTURES = ("sm_90", "sm_80", "sm_100")
 # These take the rows of any architecture, which are chosen on sm_80; they share its code and have less memory.
 EVERYWHERE = ("sm_86", "sm_89", "sm_120")
+PLACES = ("*", *ARCHITECTURES)  # that chosen rows are kept for; those for the interpreter ("cpu") are written by hand
 PLAN = (
     "warps resident on a multiprocessor: at least 8 in half precision up to head_dim 64; at least 4 beyond, and in "
     "float32"
@@ -62,14 +64,14 @@ _TILES = {
     "float": {
         "forward": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2), (16, 16, 4, 2)),
         "query": ((64, 32, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2), (16, 16, 4, 2)),
-        "key": ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2)),
+        "key": ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
         "bias": ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 4, 2), (64, 16, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
     },
 }
 # Where kernels look terms up, which takes registers of its own, also smaller tiles.
 _LOOKUPS = {
-    "half": ((64, 32, 8, 2), (32, 32, 4, 2), (32, 16, 2, 2), (32, 16, 4, 2), (16, 16, 1, 2), (16, 16, 2, 2)),
-    "float": ((32, 16, 8, 2), (16, 16, 8, 2)),
+    "half": ((64, 16, 4, 2), (64, 16, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 8, 2), (16, 16, 2, 2)),
+    "float": ((64, 16, 8, 2), (32, 32, 16, 2), (32, 16, 8, 2), (16, 16, 2, 2)),
 }
 # (num_warps, num_stages) by slots of a cell.
 _CELLS = {
@@ -377,11 +379,16 @@ def choose_rows(
         if like != rows[0]:
             for row in rows:
                 other = replace(row, block_d=like.block_d, family=like.family)
-                seeds |= {row.key(a): found[other.key(a)] for a in ("*", *ARCHITECTURES) if other.key(a) in found}
+                seeds |= {row.key(a): found[other.key(a)] for a in PLACES if other.key(a) in found}
         made = _Site(rows, seeds, say).choose()
-        stale = {row.key(arch) for row in rows for arch in ("*", *ARCHITECTURES)}
-        found = {key: config for key, config in found.items() if key not in stale} | made
+        found = replaced(found, rows, made)
         yield rows, made
+
+
+def replaced(table: Mapping[str, Config], rows: Sequence[Row], made: Mapping[str, Config]) -> dict[str, Config]:
+    """A table with what was chosen for some rows in the place of all that it had for them."""
+    stale = {row.key(place) for row in rows for place in PLACES}
+    return {key: config for key, config in table.items() if key not in stale} | dict(made)
 
 
 def written(rows: Mapping[str, Config]) -> str:

@@ -29,7 +29,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-__all__ = ["PROCESSORS", "Compiled", "Launch", "Processor", "compile_launch", "recorded", "target"]
+__all__ = ["PROCESSORS", "Compiled", "Launch", "Processor", "compile_launch", "recorded", "resources", "target"]
 
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -180,24 +180,24 @@ def compile_launch(launch: Launch, arch: str, *, sass: bool = False) -> Compiled
             signature[param.name], aligned[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[param.name] = "fp32"
-        elif value == 1:  # Triton compiles a kernel of its own for 1, and for multiples of 16
+        elif value == 1 and not param.do_not_specialize:  # a kernel of its own for 1, and for multiples of 16
             signature[param.name], constants[(i,)] = "constexpr", 1
         else:
             signature[param.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not param.do_not_specialize:
                 aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
     made = triton.compile(source, target=target(arch), options=dict(launch.options))
     shared, warps = int(made.metadata.shared), int(made.metadata.num_warps)
     if not arch.startswith("sm_"):
         return Compiled(arch, None, None, shared, 0, made.asm["amdgcn"], None, warps)
-    registers, spills = _resources(made.asm, arch)
+    registers, spills = resources(made.asm, arch)
     columns = int(getattr(made.metadata, "tmem_size", 0) or 0)
     code = disassembled(made.asm["cubin"]) if sass else None
     return Compiled(arch, registers, spills, shared, columns, made.asm["ptx"], code, warps)
 
 
-def _resources(asm: Mapping[str, Any], arch: str) -> tuple[int, int]:
+def resources(asm: Mapping[str, Any], arch: str) -> tuple[int, int]:
     """Registers and spilled bytes of a thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

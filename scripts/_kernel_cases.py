@@ -24,7 +24,21 @@ from nearfield.ops.triton import local, routed
 from nearfield.ops.triton.configs import Config
 from torch import Tensor
 
-__all__ = ["BLOCKS", "FAMILIES", "PASSES", "Case", "Row", "Work", "calls", "launches", "rows", "work"]
+__all__ = [
+    "BLOCKS",
+    "FAMILIES",
+    "HEADS",
+    "PASSES",
+    "ROUTED",
+    "STATIC",
+    "Case",
+    "Row",
+    "Work",
+    "calls",
+    "launches",
+    "rows",
+    "work",
+]  # fmt: skip
 
 BATCH, HEADS, SCALE = 16, 3, 0.125
 BLOCKS = (16, 32, 64, 128)
@@ -39,7 +53,7 @@ FAMILIES = {
     "routing": ("region16", "region32", "region64"),
 }
 # Pattern, map side and heads of a call, by family and where its bias comes from; a family's first is its usual call.
-_STATIC: dict[tuple[str, str], tuple[Pattern, int, int]] = {
+STATIC: dict[tuple[str, str], tuple[Pattern, int, int]] = {
     ("cell16", "table"): (Window(4), 56, HEADS),
     ("cell16", "none"): (Window(4, 2), 56, HEADS),
     ("cell16", "positions"): (HilbertWindow(16), 56, HEADS),
@@ -62,7 +76,7 @@ _STATIC: dict[tuple[str, str], tuple[Pattern, int, int]] = {
     ("lookup", "many"): (Neighborhood(41), 128, HEADS),  # and for a mask of each
 }
 # Map side, tokens of a region's side, regions that each lists, whether padding takes part.
-_ROUTED: dict[tuple[str, str], tuple[int, int, int, bool]] = {
+ROUTED: dict[tuple[str, str], tuple[int, int, int, bool]] = {
     ("region16", "lists"): (28, 4, 4, False),
     ("region16", "zero keys"): (27, 4, 4, True),
     ("region32", "lists"): (35, 5, 4, False),
@@ -140,7 +154,7 @@ def rows() -> list[Row]:
 def calls(row: Row) -> list[Case]:
     """Calls that may take this row, the usual one first: every kind of bias, odd head dimensions, rounded to TF32."""
     dtype = torch.bfloat16 if row.precision == "half" else torch.float32
-    kinds = [terms for family, terms in (*_STATIC, *_ROUTED) if family == row.family]
+    kinds = [terms for family, terms in (*STATIC, *ROUTED) if family == row.family]
     found = [Case(row.family, terms, dtype, row.block_d, row.block_d) for terms in kinds]
     found += [replace(found[0], d=d, dv=dv) for d, dv in _ODD[row.block_d]]
     rounded = [replace(case, tf32=True) for case in found[: len(kinds)]] if row.precision == "float" else []
@@ -167,7 +181,7 @@ def launches(case: Case, arch: str, chosen: Mapping[str, Config] | None = None) 
     chosen: configurations by operation, instead of the shipped ones.
     """
     with _rounding(case.tf32), recorded(arch, chosen) as found:
-        if (case.family, case.terms) in _ROUTED:
+        if (case.family, case.terms) in ROUTED:
             _call_routed(case)
         else:
             _call_static(case)
@@ -188,7 +202,7 @@ def _tensors(case: Case, side: int, heads: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _call_static(case: Case) -> None:
-    pattern, side, heads = _STATIC[case.family, case.terms]
+    pattern, side, heads = STATIC[case.family, case.terms]
     q, k, v, grad = _tensors(case, side, heads)
     y, x = resolve(pattern, side, side).y, resolve(pattern, side, side).x
     bias, rel_x = None, None
@@ -207,7 +221,7 @@ def _call_static(case: Case) -> None:
 
 
 def _call_routed(case: Case) -> None:
-    side, size, topk, zero_pad = _ROUTED[case.family, case.terms]
+    side, size, topk, zero_pad = ROUTED[case.family, case.terms]
     q, k, v, grad = _tensors(case, side, HEADS)
     regions = cut_regions(side, side, None, size)
     routes = torch.zeros(BATCH, regions.count, topk, dtype=torch.int64)
@@ -273,10 +287,10 @@ def work(case: Case, made: Sequence[Launch]) -> Work:
 
 
 def _useful(case: Case) -> int:
-    if (case.family, case.terms) in _ROUTED:
-        side, size, topk, _ = _ROUTED[case.family, case.terms]
+    if (case.family, case.terms) in ROUTED:
+        side, size, topk, _ = ROUTED[case.family, case.terms]
         return BATCH * HEADS * side * side * topk * size * size
-    pattern, side, heads = _STATIC[case.family, case.terms]
+    pattern, side, heads = STATIC[case.family, case.terms]
     resolved = resolve(pattern, side, side)
 
     def pairs(axis: Axis) -> int:

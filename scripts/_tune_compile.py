@@ -77,7 +77,7 @@ def _prepare() -> None:
 def compiled(job: Job) -> str:
     """Compile a job as a launch would; what is wrong with its code."""
     import torch
-    from _compiled import PROCESSORS, _resources, recorded, target
+    from _compiled import PROCESSORS, recorded, resources, target
     from _gpu_timing import one_line
     from _tune_problems import operation, problems
     from triton.runtime import driver
@@ -95,7 +95,7 @@ def compiled(job: Job) -> str:
             continue
         try:
             made = launch.kernel.run(**launch.arguments, **launch.options, grid=launch.grid, warmup=True)
-            spilled = _resources(made.asm, job.arch)[1] if job.arch.startswith("sm_") else 0
+            spilled = resources(made.asm, job.arch)[1] if job.arch.startswith("sm_") else 0
         except Exception as error:  # Triton and ptxas raise many kinds
             return one_line(_innermost(error))
         if spilled:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from _gpu_problems import OF_QKV, OF_TABLE, OUTPUT, Local, Named, Shape
-from _kernel_cases import _ROUTED, _STATIC, HEADS, Case, Row, calls
+from _kernel_cases import HEADS, ROUTED, STATIC, Case, Row, calls
 from nearfield.ops.routing import cut_regions
 from nearfield.ops.triton.configs import Config
 from torch import Tensor
@@ -49,12 +49,12 @@ class Problem:
     def __init__(self, case: Case, place: torch.device, *, small: bool, empty: bool) -> None:
         self.case, self._empty = case, empty
         self._generator = None if empty else torch.Generator(place).manual_seed(0)
-        self._routed = (case.family, case.terms) in _ROUTED
+        self._routed = (case.family, case.terms) in ROUTED
         if self._routed:
-            side, self._region, self._topk, self._zero_pad = _ROUTED[case.family, case.terms]
+            side, self._region, self._topk, self._zero_pad = ROUTED[case.family, case.terms]
             heads = HEADS
         else:
-            self._pattern, side, heads = _STATIC[case.family, case.terms]
+            self._pattern, side, heads = STATIC[case.family, case.terms]
         if small:
             side, heads = side // (2 if self._routed else 3 if side > 64 else 4), 1
         batch = 1 if small else max(1, min(256, ELEMENTS // (side * side * heads * case.d)))

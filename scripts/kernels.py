@@ -87,7 +87,7 @@ def _line(row: Row, made: Figures) -> dict[str, Any]:
 
 
 def _choose(only: str) -> dict[str, Any]:
-    from _choose import ARCHITECTURES, choose_rows, written
+    from _choose import choose_rows, replaced, written
     from nearfield.ops.triton.configs import SHIPPED, read_table
 
     def say(text: str) -> None:
@@ -95,8 +95,7 @@ def _choose(only: str) -> dict[str, Any]:
 
     table, chosen = read_table(SHIPPED), 0
     for rows, found in choose_rows(_rows(only), table, say):
-        stale = {row.key(arch) for row in rows for arch in ("*", *ARCHITECTURES)}
-        table = {key: config for key, config in table.items() if key not in stale} | found
+        table = replaced(table, rows, found)
         # Written whole after every call's rows: what was found is kept if the rest is stopped.
         SHIPPED.write_text(written(table), encoding="utf-8")
         chosen += len(found)

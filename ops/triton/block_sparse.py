@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, SIZES, image_base, load_sums, load_vectors, product, store_sums, store_vectors
+from .primitives import LOG2E, SIZES, as_offset, image_base, load_sums, load_vectors, product, store_sums, store_vectors
 
 __all__ = ["forward_kernel", "key_kernel", "query_kernel"]
 
@@ -119,15 +119,16 @@ def forward_kernel(
     DENSE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output (B, H * W, HEADS, DV) and log-sum-exp (B, HEADS, REGIONS, tokens) float32 of one tile and head."""
-    head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS % TILES
+    head, tile = as_offset(tl.program_id(0) % HEADS, WIDE), tl.program_id(0) // HEADS % TILES
     image = (tl.program_id(0) // (HEADS * TILES)).to(tl.int64)
     region, token_m, present_m = _resident(tile, BLOCK_M, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
+    token_m = as_offset(token_m, WIDE)
     listed = routes + (image * REGIONS + region) * TOPK
     chosen = chosen + image * REGIONS
     q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
     k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
     v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
-    query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False, WIDE)
+    query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False)
     region_m = _region(token_m, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     count: tl.constexpr = HEIGHT * WIDTH if DENSE else TOPK * SIZE_Y * SIZE_X
     short: tl.constexpr = HEIGHT % SIZE_Y > 0 or WIDTH % SIZE_X > 0
@@ -139,7 +140,8 @@ def forward_kernel(
         token_n, present_n, used, _ = _streamed(
             start, count, listed, BLOCK_N, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE
         )
-        key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
+        token_n = as_offset(token_n, WIDE)
+        key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS)
         score = product(query, tl.trans(key), PRECISION) * scale
         region_n = _region(token_n, WIDTH, ACROSS, SIZE_Y, SIZE_X)
         score = _masked(score, used if ZERO_KEYS else present_n, chosen, region_m, region_n, DENSE, whole, False)
@@ -148,11 +150,11 @@ def forward_kernel(
         weight = tl.exp2(score - level[:, None])
         fade = tl.exp2(peak - level)
         total = total * fade + tl.sum(weight, 1)
-        values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
+        values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS)
         value = value * fade[:, None] + product(weight.to(values.dtype), values, PRECISION)
         peak = higher
     out_at = out + image * (HEIGHT * WIDTH * HEADS * DV) + head * DV
-    store_vectors(out_at, token_m, present_m, value * (1.0 / total)[:, None], HEADS * DV, DV, BLOCK_DV, WIDE)
+    store_vectors(out_at, token_m, present_m, value * (1.0 / total)[:, None], HEADS * DV, DV, BLOCK_DV)
     row = _row(token_m, image, head, HEADS, REGIONS, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     tl.store(lse + row, (peak + tl.log2(total)) / LOG2E, mask=present_m)
 
@@ -170,9 +172,10 @@ def query_kernel(
     DENSE: tl.constexpr, ZERO_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries; for the dK/dV pass delta = sum(grad * out) and level, lse in base 2, laid out so."""
-    head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS % TILES
+    head, tile = as_offset(tl.program_id(0) % HEADS, WIDE), tl.program_id(0) // HEADS % TILES
     image = (tl.program_id(0) // (HEADS * TILES)).to(tl.int64)
     region, token_m, present_m = _resident(tile, BLOCK_M, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
+    token_m = as_offset(token_m, WIDE)
     listed = routes + (image * REGIONS + region) * TOPK
     chosen = chosen + image * REGIONS
     q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
@@ -180,9 +183,9 @@ def query_kernel(
     v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
     g_at = image_base(grad, image, g_image, UNIT) + head * G_HEAD
     out_at = out + image * (HEIGHT * WIDTH * HEADS * DV) + head * DV
-    query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False, WIDE)
-    g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)
-    o = load_vectors(out_at, token_m, present_m, HEADS * DV, DV, BLOCK_DV, False, WIDE)
+    query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False)
+    g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False)
+    o = load_vectors(out_at, token_m, present_m, HEADS * DV, DV, BLOCK_DV, False)
     row = _row(token_m, image, head, HEADS, REGIONS, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     shift = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     height = tl.load(lse + row) * LOG2E
@@ -196,15 +199,16 @@ def query_kernel(
         token_n, present_n, used, _ = _streamed(
             start, count, listed, BLOCK_N, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE
         )
-        key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
+        token_n = as_offset(token_n, WIDE)
+        key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS)
         score = product(query, tl.trans(key), PRECISION) * scale
         region_n = _region(token_n, WIDTH, ACROSS, SIZE_Y, SIZE_X)
         score = _masked(score, used if ZERO_KEYS else present_n, chosen, region_m, region_n, DENSE, whole, False)
-        values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
+        values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS)
         ds = tl.exp2(score - height[:, None]) * (product(g, tl.trans(values), PRECISION) - shift[:, None])
         gradient += product(ds.to(key.dtype), key, PRECISION)
     dq_at = image_base(dq, image, dq_image, UNIT) + head * DQ_HEAD
-    store_vectors(dq_at, token_m, present_m, gradient * softmax_scale, DQ_TOKEN, D, BLOCK_D, WIDE)
+    store_vectors(dq_at, token_m, present_m, gradient * softmax_scale, DQ_TOKEN, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -224,16 +228,17 @@ def key_kernel(
 
     those of region s at [bounds[b, s], bounds[b, s + 1]) of image b.
     """
-    head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS % TILES
+    head, tile = as_offset(tl.program_id(0) % HEADS, WIDE), tl.program_id(0) // HEADS % TILES
     image = (tl.program_id(0) // (HEADS * TILES)).to(tl.int64)
     region, token_m, present_m = _resident(tile, BLOCK_M, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE)
+    token_m = as_offset(token_m, WIDE)
     chosen = chosen + image * REGIONS
     q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
     k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
     v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
     g_at = image_base(grad, image, g_image, UNIT) + head * G_HEAD
-    key = load_vectors(k_at, token_m, present_m, K_TOKEN, D, BLOCK_D, False, WIDE)
-    values = load_vectors(v_at, token_m, present_m, V_TOKEN, DV, BLOCK_DV, False, WIDE)
+    key = load_vectors(k_at, token_m, present_m, K_TOKEN, D, BLOCK_D, False)
+    values = load_vectors(v_at, token_m, present_m, V_TOKEN, DV, BLOCK_DV, False)
     region_m = _region(token_m, WIDTH, ACROSS, SIZE_Y, SIZE_X)
     listed = chosen_by
     if DENSE:
@@ -250,17 +255,18 @@ def key_kernel(
         token_n, present_n, _, row_n = _streamed(
             start, count, listed, BLOCK_N, HEIGHT, WIDTH, ACROSS, SIZE_Y, SIZE_X, DENSE
         )
-        query = load_vectors(q_at, token_n, present_n, Q_TOKEN, D, BLOCK_D, False, WIDE)
+        token_n = as_offset(token_n, WIDE)
+        query = load_vectors(q_at, token_n, present_n, Q_TOKEN, D, BLOCK_D, False)
         score = product(key, tl.trans(query), PRECISION) * scale
         region_n = _region(token_n, WIDTH, ACROSS, SIZE_Y, SIZE_X)
         score = _masked(score, present_n, chosen, region_n, region_m, DENSE, whole, True)
         height, shift = load_sums(sums, (image * HEADS + head) * (REGIONS * SIZE_Y * SIZE_X) + row_n)
         weight = tl.exp2(score - height[None, :])
-        g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False, WIDE)
+        g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False)
         value_gradient += product(weight.to(g.dtype), g, PRECISION)
         ds = weight * (product(values, tl.trans(g), PRECISION) - shift[None, :])
         key_gradient += product(ds.to(query.dtype), query, PRECISION)
     dk_at = image_base(dk, image, dk_image, UNIT) + head * DK_HEAD
     dv_at = image_base(dv, image, dv_image, UNIT) + head * DV_HEAD
-    store_vectors(dk_at, token_m, present_m, key_gradient * softmax_scale, DK_TOKEN, D, BLOCK_D, WIDE)
-    store_vectors(dv_at, token_m, present_m, value_gradient, DV_TOKEN, DV, BLOCK_DV, WIDE)
+    store_vectors(dk_at, token_m, present_m, key_gradient * softmax_scale, DK_TOKEN, D, BLOCK_D)
+    store_vectors(dv_at, token_m, present_m, value_gradient, DV_TOKEN, DV, BLOCK_DV)

@@ -41,9 +41,9 @@ class Cells:
     counts: tuple[int, ...]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.nbytes for t in (self.first, self.offset, self.entry, self.order) if t is not None)
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        return [t for t in (self.first, self.offset, self.entry, self.order) if t is not None]
 
 
 @lru_cache(maxsize=512)

@@ -55,9 +55,9 @@ class _Sources:
     bounds: Tensor
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.places.nbytes + self.bounds.nbytes
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        return [self.places, self.bounds]
 
 
 def _sources(entry: Tensor, entries: int) -> _Sources:
@@ -83,8 +83,8 @@ def _to_table(site: Site, bias: Tensor, partial: Tensor, work: Runs, sources: _S
 
 def _positions(site: Site, queries: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
     """(T, M, N) int32: entry of a table of true positions for places (T, M), (T, N) of the curve; -1 where masked."""
-    token = torch.from_numpy(curve_order(str(site.pattern.curve), site.height, site.width).copy()).to(site.device)
-    code = token // site.width * (2 * site.width - 1) + token % site.width
+    order = curve_order(str(site.pattern.curve), site.height, site.width)
+    code = site.codes(keys)[torch.from_numpy(order.copy()).to(site.device)]
     entry = code[keys.long()][:, None, :] - code[queries.long()][:, :, None] + site.centre
     return entry.where(allowed, -1).int()
 
@@ -155,9 +155,9 @@ class _Piece:
     sources: _Sources
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.members.nbytes + self.sources.nbytes
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        return [self.members, *self.sources.tensors]
 
 
 def tile_bias_gradient(

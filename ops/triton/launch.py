@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = [
     "LOG2_E",
     "Strides",
+    "call_constants",
     "constants",
     "dense",
     "interpreting",
@@ -136,9 +137,20 @@ def constants(strides: dict[str, Strides]) -> dict[str, int]:
     return made
 
 
-def wide(strides: dict[str, Strides], tokens: int) -> bool:
-    """Whether offsets inside one image need 64 bits."""
-    return any(tokens * s.token >= 1 << 31 for s in strides.values())
+def wide(strides: dict[str, Strides], tokens: int, heads: int, row: int) -> bool:
+    """Whether offsets inside one image need 64 bits; row: most entries that a token and head have in a dense tensor."""
+    reach = [(tokens - 1) * s.token + (heads - 1) * s.head + row for s in strides.values()]
+    return max(*reach, tokens * heads * row) >= 1 << 31
+
+
+def call_constants(
+    strides: dict[str, Strides], tokens: int, heads: int, d: int, dv: int, precision: str, *, row: int = 0
+) -> dict[str, Any]:
+    """What all attention kernels take; `row` as in `wide`, where it is more than a vector."""
+    return {
+        "HEADS": heads, "D": d, "DV": dv, "BLOCK_D": power_of_two(d), "BLOCK_DV": power_of_two(dv),
+        "UNIT": units(strides), "WIDE": wide(strides, tokens, heads, max(d, dv, row)), "PRECISION": precision,
+    }  # fmt: skip
 
 
 def power_of_two(n: int, least: int = 16) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from triton.compiler import CompiledKernel
 
 __all__ = ["Launcher"]
@@ -36,5 +37,6 @@ class Launcher:
             return
         every = self.constants | constants
         compiled = kernel[programs,](*args, **every)
-        if isinstance(compiled, CompiledKernel):  # an interpreted kernel returns nothing
+        # An interpreted kernel returns nothing. On AMD, code also depends on whether a tensor lies within 2 GB.
+        if isinstance(compiled, CompiledKernel) and torch.version.hip is None:
             self._compiled[key] = compiled, tuple(every[name] for name in kernel.arg_names[len(args) :])

@@ -91,6 +91,7 @@ def backward(
         zero = [None if t is None or not bias_needs_grad else torch.zeros_like(t) for t in (bias, rel_x)]
         return zero[0], zero[1]
     q, k, v, grad = readable(q), readable(k), readable(v), readable(grad)  # the forward pass has said so
+    out, lse = dense(out), dense(lse)
     tensors = layout(G=grad, Q=q, K=k, V=v, DQ=dq, DK=dk, DV=dv)
     site = make_site(q, k, v, bias, rel_x, pattern, tensors)
     cells = cell_pass(site, "window.backward", tuple(name for name, _ in tensors))

@@ -17,6 +17,7 @@ from .primitives import (
     SIZES,
     STREAMED,
     add_terms,
+    as_offset,
     image_base,
     load_sums,
     load_vectors,
@@ -46,27 +47,27 @@ def forward_kernel(
     out: (B, queries, HEADS, DV), lse: (B, queries, HEADS) float32. `scale` multiplies q . k, log2(e) included.
     """
     program = tl.program_id(0)
-    head = program % HEADS
+    head = as_offset(program % HEADS, WIDE)
     tile = (program // HEADS) % tile_count
     first = (program // (HEADS * tile_count)).to(tl.int64) * IMAGES
     place_m, place_n = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
     kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
     m = tl.arange(0, BLOCK_M)
-    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True)
+    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True, WIDE)
     for image in range(first, min(first + IMAGES, batch)):
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
         v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
         rel_at = rel + image * queries * HEADS * (REL_Y + REL_X)
-        query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False, WIDE)
+        query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False)
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         value = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         for start in range(0, count, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             offset_n = tl.load(streamed + kind * STREAMED * SLOTS + n)
-            token_n, present_n = locate(offset_n, place_n, order, CURVE, ZERO_KEYS)
-            key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
+            token_n, present_n = locate(offset_n, place_n, order, CURVE, ZERO_KEYS, WIDE)
+            key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS)
             score = product(query, tl.trans(key), PRECISION) * scale
             score = add_terms(
                 score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
@@ -78,13 +79,13 @@ def forward_kernel(
             weight = tl.exp2(score - level[:, None])
             fade = tl.exp2(peak - level)
             total = total * fade + tl.sum(weight, 1)
-            values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
+            values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS)
             value = value * fade[:, None] + product(weight.to(values.dtype), values, PRECISION)
             peak = higher
         seen = total > 0.0
         value = value * (1.0 / tl.where(seen, total, 1.0))[:, None]
         out_at = out + image * queries * (HEADS * DV) + head * DV
-        store_vectors(out_at, token_m, present_m, value, HEADS * DV, DV, BLOCK_DV, WIDE)
+        store_vectors(out_at, token_m, present_m, value, HEADS * DV, DV, BLOCK_DV)
         if NEED_LSE:
             natural = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) / LOG2E, float("-inf"))
             tl.store(lse + image * queries * HEADS + token_m * HEADS + head, natural, mask=present_m)
@@ -114,13 +115,13 @@ def query_kernel(
     over the program's scores. Slots then lie on a grid (see `Schedule.grid`).
     """
     program = tl.program_id(0)
-    head = program % HEADS
+    head = as_offset(program % HEADS, WIDE)
     tile = (program // HEADS) % tile_count
     first = (program // (HEADS * tile_count)).to(tl.int64) * IMAGES
     place_m, place_n = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
     kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
     m = tl.arange(0, BLOCK_M)
-    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True)
+    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True, WIDE)
     if TABLE_Y > 0:
         table = tl.zeros([TABLE_Y, TABLE_X], tl.float32)
     for image in range(first, min(first + IMAGES, batch)):
@@ -131,9 +132,9 @@ def query_kernel(
         out_at = out + image * queries * (HEADS * DV) + head * DV
         rel_at = rel + image * queries * HEADS * (REL_Y + REL_X)
         sums_at = image * queries * HEADS + token_m * HEADS + head
-        query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False, WIDE)
-        g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)
-        o = load_vectors(out_at, token_m, present_m, HEADS * DV, DV, BLOCK_DV, False, WIDE)
+        query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False)
+        g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False)
+        o = load_vectors(out_at, token_m, present_m, HEADS * DV, DV, BLOCK_DV, False)
         shift = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
         height = to_log2(tl.load(lse + sums_at))
         store_sums(sums, sums_at, height, shift, present_m)
@@ -144,14 +145,14 @@ def query_kernel(
         for start in range(0, count, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             offset_n = tl.load(streamed + kind * STREAMED * SLOTS + n)
-            token_n, present_n = locate(offset_n, place_n, order, CURVE, ZERO_KEYS)
-            key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
+            token_n, present_n = locate(offset_n, place_n, order, CURVE, ZERO_KEYS, WIDE)
+            key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS)
             score = product(query, tl.trans(key), PRECISION) * scale
             score = add_terms(
                 score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
                 HEADS, BLOCK_M, SLOTS, ENTRIES, CENTRE, PITCH, REL_Y, REL_X, BIAS, False, CURVE,
             )  # fmt: skip
-            values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
+            values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS)
             ds = tl.exp2(score - height[:, None]) * (product(g, tl.trans(values), PRECISION) - shift[:, None])
             gradient += product(ds.to(key.dtype), key, PRECISION)
             if TABLE_Y > 0:
@@ -166,7 +167,7 @@ def query_kernel(
                 rel_y += product(ds.to(key.dtype), in_row.to(tl.float32).to(key.dtype), PRECISION)
                 rel_x += product(ds.to(key.dtype), in_column.to(tl.float32).to(key.dtype), PRECISION)
         dq_at = image_base(dq, image, dq_image, UNIT) + head * DQ_HEAD
-        store_vectors(dq_at, token_m, present_m, gradient * softmax_scale, DQ_TOKEN, D, BLOCK_D, WIDE)
+        store_vectors(dq_at, token_m, present_m, gradient * softmax_scale, DQ_TOKEN, D, BLOCK_D)
         if BIAS == "decomposed":
             own = resident + kind * RESIDENT * BLOCK_M + m
             row = drel + image * queries * HEADS * (REL_Y + REL_X)
@@ -219,13 +220,13 @@ def key_kernel(
 ):  # fmt: skip
     """dK and dV of one tile of keys, from the queries that see them. Scores are held keys by queries."""
     program = tl.program_id(0)
-    head = program % HEADS
+    head = as_offset(program % HEADS, WIDE)
     tile = (program // HEADS) % tile_count
     first = (program // (HEADS * tile_count)).to(tl.int64) * IMAGES
     place_m, place_n = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
     kind, count = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
     m = tl.arange(0, BLOCK_M)
-    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True)
+    token_m, present_m = locate(tl.load(resident + kind * RESIDENT * BLOCK_M + m), place_m, order, CURVE, True, WIDE)
     for image in range(first, min(first + IMAGES, batch)):
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
@@ -233,15 +234,15 @@ def key_kernel(
         g_at = image_base(grad, image, g_image, UNIT) + head * G_HEAD
         rel_at = rel + image * queries * HEADS * (REL_Y + REL_X)
         sums_at = image * queries * HEADS + head
-        key = load_vectors(k_at, token_m, present_m, K_TOKEN, D, BLOCK_D, False, WIDE)
-        values = load_vectors(v_at, token_m, present_m, V_TOKEN, DV, BLOCK_DV, False, WIDE)
+        key = load_vectors(k_at, token_m, present_m, K_TOKEN, D, BLOCK_D, False)
+        values = load_vectors(v_at, token_m, present_m, V_TOKEN, DV, BLOCK_DV, False)
         key_gradient = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         value_gradient = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         for start in range(0, count, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             offset_n = tl.load(streamed + kind * STREAMED * SLOTS + n)
-            token_n, present_n = locate(offset_n, place_n, order, CURVE, False)
-            query = load_vectors(q_at, token_n, present_n, Q_TOKEN, D, BLOCK_D, False, WIDE)
+            token_n, present_n = locate(offset_n, place_n, order, CURVE, False, WIDE)
+            query = load_vectors(q_at, token_n, present_n, Q_TOKEN, D, BLOCK_D, False)
             score = product(key, tl.trans(query), PRECISION) * scale
             score = add_terms(
                 score, resident, streamed, bias, codes, rel_at, head, kind, m, n, token_m, token_n,
@@ -249,14 +250,14 @@ def key_kernel(
             )  # fmt: skip
             height, shift = load_sums(sums, sums_at + token_n * HEADS)
             weight = tl.exp2(score - height[None, :])
-            g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False, WIDE)
+            g = load_vectors(g_at, token_n, present_n, G_TOKEN, DV, BLOCK_DV, False)
             value_gradient += product(weight.to(g.dtype), g, PRECISION)
             ds = weight * (product(values, tl.trans(g), PRECISION) - shift[None, :])
             key_gradient += product(ds.to(query.dtype), query, PRECISION)
         dk_at = image_base(dk, image, dk_image, UNIT) + head * DK_HEAD
         dv_at = image_base(dv, image, dv_image, UNIT) + head * DV_HEAD
-        store_vectors(dk_at, token_m, present_m, key_gradient * softmax_scale, DK_TOKEN, D, BLOCK_D, WIDE)
-        store_vectors(dv_at, token_m, present_m, value_gradient, DV_TOKEN, DV, BLOCK_DV, WIDE)
+        store_vectors(dk_at, token_m, present_m, key_gradient * softmax_scale, DK_TOKEN, D, BLOCK_D)
+        store_vectors(dv_at, token_m, present_m, value_gradient, DV_TOKEN, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -276,7 +277,7 @@ def bias_kernel(
     partial: (runs, HEADS, BLOCK_M, SLOTS) float32. members: tiles sorted by kind.
     """
     program = tl.program_id(0)
-    head = program % HEADS
+    head = as_offset(program % HEADS, WIDE)
     start = (program // HEADS) % (SLOTS // BLOCK_N) * BLOCK_N
     run = program // (HEADS * (SLOTS // BLOCK_N))
     kind, begin, count = tl.load(runs + run * 5), tl.load(runs + run * 5 + 1), tl.load(runs + run * 5 + 2)
@@ -287,15 +288,15 @@ def bias_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for item in range(first, first + items):
         tile, image = tl.load(members + begin + item % count), (item // count).to(tl.int64)
-        token_m, present_m = locate(offset_m, tl.load(tiles + tile * 4), order, CURVE, True)
-        token_n, present_n = locate(offset_n, tl.load(tiles + tile * 4 + 1), order, CURVE, ZERO_KEYS)
+        token_m, present_m = locate(offset_m, tl.load(tiles + tile * 4), order, CURVE, True, WIDE)
+        token_n, present_n = locate(offset_n, tl.load(tiles + tile * 4 + 1), order, CURVE, ZERO_KEYS, WIDE)
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
         v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
         g_at = image_base(grad, image, g_image, UNIT) + head * G_HEAD
         sums_at = image * queries * HEADS + token_m * HEADS + head
-        query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False, WIDE)
-        key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS, WIDE)
+        query = load_vectors(q_at, token_m, present_m, Q_TOKEN, D, BLOCK_D, False)
+        key = load_vectors(k_at, token_n, present_n, K_TOKEN, D, BLOCK_D, ZERO_KEYS)
         score = product(query, tl.trans(key), PRECISION) * scale
         score = add_terms(
             score, resident, streamed, bias, codes, rel, head, kind, m, n, token_m, token_n,
@@ -303,8 +304,8 @@ def bias_kernel(
         )  # fmt: skip
         height, shift = load_sums(sums, sums_at)
         weight = tl.exp2(score - height[:, None])
-        g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False, WIDE)
-        values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS, WIDE)
+        g = load_vectors(g_at, token_m, present_m, G_TOKEN, DV, BLOCK_DV, False)
+        values = load_vectors(v_at, token_n, present_n, V_TOKEN, DV, BLOCK_DV, ZERO_KEYS)
         total += weight * (product(g, tl.trans(values), PRECISION) - shift[:, None])
     row = (run * HEADS + head).to(tl.int64) * BLOCK_M + m
     tl.store(partial + row[:, None] * SLOTS + n[None, :], total)

@@ -11,7 +11,8 @@ import triton.language as tl
 from . import launch, schedule
 
 __all__ = [
-    "SIZES", "add_terms", "load_sums", "load_vectors", "locate", "product", "store_sums", "store_vectors", "to_log2",
+    "SIZES", "add_terms", "as_offset", "load_sums", "load_vectors", "locate", "product", "store_sums", "store_vectors",
+    "to_log2",
 ]  # fmt: skip
 
 # Arguments that differ from call to call: one compiled kernel serves every value.
@@ -26,10 +27,10 @@ STREAMED = tl.constexpr(len(schedule.STREAMED_FIELDS))
 
 
 @triton.jit
-def locate(offset, place, order, CURVE: tl.constexpr, MASKED: tl.constexpr):
+def locate(offset, place, order, CURVE: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
     """Tokens of slots whose offsets from `place` are given, and which slots have one; the others get the token there.
 
-    Where MASKED is not set every slot has one.
+    Where MASKED is not set every slot has one. WIDE: what is computed from tokens takes 64 bits.
     """
     present = offset > ABSENT
     if MASKED:
@@ -37,7 +38,15 @@ def locate(offset, place, order, CURVE: tl.constexpr, MASKED: tl.constexpr):
     token = place + offset
     if CURVE:
         token = tl.load(order + token)
-    return token, present
+    return as_offset(token, WIDE), present
+
+
+@triton.jit
+def as_offset(index, WIDE: tl.constexpr):
+    """An index from which offsets are computed: int64 where 32 bits would not hold them."""
+    if WIDE:
+        return index.to(tl.int64)
+    return index
 
 
 @triton.jit
@@ -47,19 +56,16 @@ def image_base(pointer, image, stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _vector_pointers(pointer, token, TOKEN: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    if WIDE:
-        token = token.to(tl.int64)
+def _vector_pointers(pointer, token, TOKEN: tl.constexpr, BLOCK: tl.constexpr):
     return pointer + token[:, None] * TOKEN + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
 def load_vectors(
-    pointer, token, present, TOKEN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
+    pointer, token, present, TOKEN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
     """(slots, BLOCK): a vector of SIZE channels per token, zeros beyond it and, where MASKED, in slots without one."""
-    at = _vector_pointers(pointer, token, TOKEN, BLOCK, WIDE)
+    at = _vector_pointers(pointer, token, TOKEN, BLOCK)
     if MASKED and SIZE < BLOCK:
         return tl.load(at, mask=present[:, None] & (tl.arange(0, BLOCK) < SIZE)[None, :], other=0.0)
     elif MASKED:
@@ -71,11 +77,9 @@ def load_vectors(
 
 
 @triton.jit
-def store_vectors(
-    pointer, token, present, value, TOKEN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):
+def store_vectors(pointer, token, present, value, TOKEN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Store (slots, BLOCK) for the slots that have a token."""
-    at = _vector_pointers(pointer, token, TOKEN, BLOCK, WIDE)
+    at = _vector_pointers(pointer, token, TOKEN, BLOCK)
     mask = present[:, None]
     if SIZE < BLOCK:
         mask = mask & (tl.arange(0, BLOCK) < SIZE)[None, :]

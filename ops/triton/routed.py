@@ -12,7 +12,7 @@ from ..cache import SCHEDULES
 from ..routing import Regions, inverse_lists
 from . import block_sparse
 from .configs import Config, architecture, choose, precision_name
-from .launch import LOG2_E, Strides, constants, layout, power_of_two, precision, readable, units, wide
+from .launch import LOG2_E, Strides, call_constants, constants, dense, layout, power_of_two, precision, readable
 from .launcher import Launcher
 from .schedule import LOAD_SCORES
 
@@ -79,7 +79,7 @@ class _Pass:
     images: tuple[int, ...]
     programs: int
     launch: Launcher
-    nbytes: int = 0
+    tensors: tuple[Tensor, ...] = ()
 
 
 def _pass(call: _Call, op: str) -> _Pass:
@@ -90,11 +90,9 @@ def _pass(call: _Call, op: str) -> _Pass:
 def _make_pass(call: _Call, op: str) -> _Pass:
     (config, dense), r, strides = call.chosen_config(op), call.regions, dict(call.layout)
     slots, of = (r.height * r.width, 1) if dense else (r.tokens, r.count)
-    tiles, unit = of * -(-slots // config.block_m), units(strides)
-    made = {
-        "HEADS": call.heads, "D": call.d, "DV": call.dv,
-        "BLOCK_D": power_of_two(call.d), "BLOCK_DV": power_of_two(call.dv),
-        "UNIT": unit, "WIDE": wide(strides, r.height * r.width), "PRECISION": call.precision,
+    tiles = of * -(-slots // config.block_m)
+    made = call_constants(strides, r.height * r.width, call.heads, call.d, call.dv, call.precision)
+    made |= {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": tiles,
         "REGIONS": r.count, "TOPK": call.topk, "HEIGHT": r.height, "WIDTH": r.width, "ACROSS": r.nx,
         "SIZE_Y": r.size_y, "SIZE_X": r.size_x, "DENSE": dense,
@@ -102,7 +100,7 @@ def _make_pass(call: _Call, op: str) -> _Pass:
     }  # fmt: skip
     if op != "key":
         made["ZERO_KEYS"] = call.zero_keys
-    images = tuple(s.image // unit for s in strides.values())
+    images = tuple(s.image // made["UNIT"] for s in strides.values())
     return _Pass(dense, images, tiles * call.heads, Launcher(made))
 
 
@@ -120,7 +118,7 @@ def forward(
     lse = made(q.shape[0], q.shape[3], regions.count, regions.tokens, dtype=torch.float32, device=q.device)
     if not q.shape[0]:
         return out, lse
-    q, k, v, routes = readable(q, "q"), readable(k, "k"), readable(v, "v"), routes.contiguous()
+    q, k, v, routes = readable(q, "q"), readable(k, "k"), readable(v, "v"), dense(routes)
     sizes = (routes.shape[2], q.shape[3], q.shape[4], v.shape[4], q.dtype, q.device, zero_pad)
     own = _pass(_Call(regions, *sizes, layout(Q=q, K=k, V=v), precision(q.dtype)), "forward")
     own.launch(
@@ -138,7 +136,8 @@ def backward(
     batch = q.shape[0]
     if not batch:
         return
-    q, k, v, grad, routes = readable(q), readable(k), readable(v), readable(grad), routes.contiguous()
+    q, k, v, grad, routes = readable(q), readable(k), readable(v), readable(grad), dense(routes)
+    out, lse = dense(out), dense(lse)
     sums = torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
     sizes = (routes.shape[2], q.shape[3], q.shape[4], v.shape[4], q.dtype, q.device, zero_pad)
     own = _pass(_Call(regions, *sizes, layout(G=grad, Q=q, K=k, V=v, DQ=dq), precision(q.dtype)), "query")

@@ -28,9 +28,9 @@ class Runs:
     bounds: Tensor
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.table.nbytes + self.bounds.nbytes
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        return [self.table, self.bounds]
 
 
 def runs(groups: Sequence[tuple[int, int, int]], batch: int, length: int, device: torch.device) -> Runs:

@@ -74,9 +74,9 @@ class Schedule:
     grid: tuple[int, int, int] | None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.nbytes for t in (self.tiles, self.resident, self.streamed, self.order) if t is not None)
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        return [t for t in (self.tiles, self.resident, self.streamed, self.order) if t is not None]
 
     @property
     def kinds(self) -> int:

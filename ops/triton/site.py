@@ -17,7 +17,7 @@ from ..patterns import Pattern, resolve
 from .axis_tiles import axis_tiles
 from .cells import Cells, cell_slots, cells
 from .configs import Config, architecture, choose, known, precision_name
-from .launch import Strides, constants, power_of_two, precision, units, wide
+from .launch import Strides, call_constants, constants, power_of_two, precision
 from .launcher import Launcher
 from .schedule import Schedule, choose_tile, schedule
 
@@ -79,17 +79,18 @@ class Site:
         return (self.height - 1) * (2 * self.width - 1) + self.width - 1
 
     def constants(self, names: tuple[str, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
-        """Constants that every kernel takes, and the image strides, in units, of the tensors that this one reads."""
+        """Constants that every kernel takes, and the image strides, in units, of the tensors that this one reads.
+
+        None of them says how large the map is, but for a table of true positions, whose size is the map's.
+        """
         layout = dict(self.layout)
-        unit = units(layout)
-        return {
-            "HEADS": self.heads, "D": self.d, "DV": self.dv,
-            "BLOCK_D": power_of_two(self.d), "BLOCK_DV": power_of_two(self.dv),
-            "UNIT": unit, "WIDE": wide(layout, self.height * self.width),
-            "ENTRIES": self.entries, "CENTRE": self.centre,
-            "CURVE": self.pattern.curve is not None, "PRECISION": self.precision,
-            **constants({name: layout[name] for name in names}),
-        }, tuple(layout[name].image // unit for name in names)  # fmt: skip
+        made = call_constants(
+            layout, self.height * self.width, self.heads, self.d, self.dv, self.precision, row=sum(self.rel_rows)
+        )
+        centre = self.centre if self.kind is BiasKind.POSITIONS else 0
+        made |= {"ENTRIES": self.entries, "CENTRE": centre, "CURVE": self.pattern.curve is not None}
+        made |= constants({name: layout[name] for name in names})
+        return made, tuple(layout[name].image // made["UNIT"] for name in names)
 
     def codes(self, held: Tensor) -> Tensor:
         """(H*W,) int32: a token's part in its entry of a table of true positions; any tensor for other kinds."""
@@ -155,11 +156,10 @@ class TilePass:
     images: tuple[int, ...]
     key: tuple[Any, ...]
 
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes held; a schedule that several passes share counts for each."""
-        held = (*((self.entry,) if self.entry is not None else ()), self.order, self.codes)
-        return self.plan.nbytes + sum(t.nbytes for t in held if t is not self.plan.order and t is not self.plan.tiles)
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        return [*self.plan.tensors, *([] if self.entry is None else [self.entry]), self.order, self.codes]
 
     def programs(self, heads: int, batch: int) -> int:
         """Programs of a launch in which each takes config.run images."""
@@ -270,10 +270,10 @@ class CellPass:
     launch: Launcher
     images: tuple[int, ...]
 
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes held; cells that several passes share count for each."""
-        return self.cells.nbytes + self.codes.nbytes
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that are held."""
+        return [*self.cells.tensors, self.codes]
 
     @cached_property
     def groups(self) -> list[tuple[int, int, int]]:
@@ -289,7 +289,7 @@ class CellPass:
 class _NoCells:
     """Said of a site that is cut into tiles."""
 
-    nbytes: int = 0
+    tensors: tuple[Tensor, ...] = ()
 
 
 def cell_pass(site: Site, op: str, names: tuple[str, ...]) -> CellPass | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LOG2E, SIZES, image_base, load_vectors, locate, product, store_vectors
+from .primitives import LOG2E, SIZES, as_offset, image_base, load_vectors, locate, product, store_vectors
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
@@ -52,29 +52,29 @@ def forward_kernel(
     ENTRIES: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr, CURVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output (B, tokens, HEADS, DV) of a run of cells. `scale` multiplies q . k, log2(e) included."""
-    head, run = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    head, run = as_offset(tl.program_id(0) % HEADS, WIDE), tl.program_id(0) // HEADS
     kind, begin, count = tl.load(runs + run * 5), tl.load(runs + run * 5 + 1), tl.load(runs + run * 5 + 2)
     first, items = tl.load(runs + run * 5 + 3), tl.load(runs + run * 5 + 4)
     m = tl.arange(0, BLOCK_M)
     offsets = tl.load(offset + kind * BLOCK_M + m)
-    token, present = locate(offsets, tl.load(first_token + begin), order, CURVE, True)
+    token, present = locate(offsets, tl.load(first_token + begin), order, CURVE, True, WIDE)
     term = _cell_bias(bias, codes, head, kind, present, token, HEADS, BLOCK_M, ENTRIES, CENTRE, BIAS)
     cell, image = first % count, (first // count).to(tl.int64)
     for _ in range(items):
-        token, present = locate(offsets, tl.load(first_token + begin + cell), order, CURVE, True)
+        token, present = locate(offsets, tl.load(first_token + begin + cell), order, CURVE, True, WIDE)
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
         v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
-        query = load_vectors(q_at, token, present, Q_TOKEN, D, BLOCK_D, False, WIDE)
-        key = load_vectors(k_at, token, present, K_TOKEN, D, BLOCK_D, False, WIDE)
-        values = load_vectors(v_at, token, present, V_TOKEN, DV, BLOCK_DV, False, WIDE)
+        query = load_vectors(q_at, token, present, Q_TOKEN, D, BLOCK_D, False)
+        key = load_vectors(k_at, token, present, K_TOKEN, D, BLOCK_D, False)
+        values = load_vectors(v_at, token, present, V_TOKEN, DV, BLOCK_DV, False)
         score = product(query, tl.trans(key), PRECISION) * scale + term
         peak = tl.max(score, 1)
         weight = tl.exp2(score - peak[:, None])
         total = tl.sum(weight, 1)
         value = product(weight.to(values.dtype), values, PRECISION) * (1.0 / total)[:, None]
         out_at = out + image * tokens * (HEADS * DV) + head * DV
-        store_vectors(out_at, token, present, value, HEADS * DV, DV, BLOCK_DV, WIDE)
+        store_vectors(out_at, token, present, value, HEADS * DV, DV, BLOCK_DV)
         cell, image = _next(cell, image, count)
 
 
@@ -91,33 +91,33 @@ def backward_kernel(
     BIAS_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK, dV of a run of cells and the sum of its score gradients, partial (runs, HEADS, BLOCK_M, BLOCK_M)."""
-    head, run = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    head, run = as_offset(tl.program_id(0) % HEADS, WIDE), tl.program_id(0) // HEADS
     kind, begin, count = tl.load(runs + run * 5), tl.load(runs + run * 5 + 1), tl.load(runs + run * 5 + 2)
     first, items = tl.load(runs + run * 5 + 3), tl.load(runs + run * 5 + 4)
     m = tl.arange(0, BLOCK_M)
     offsets = tl.load(offset + kind * BLOCK_M + m)
-    token, present = locate(offsets, tl.load(first_token + begin), order, CURVE, True)
+    token, present = locate(offsets, tl.load(first_token + begin), order, CURVE, True, WIDE)
     term = _cell_bias(bias, codes, head, kind, present, token, HEADS, BLOCK_M, ENTRIES, CENTRE, BIAS)
     if BIAS_GRADIENT:
         summed = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     cell, image = first % count, (first // count).to(tl.int64)
     for _ in range(items):
-        token, present = locate(offsets, tl.load(first_token + begin + cell), order, CURVE, True)
+        token, present = locate(offsets, tl.load(first_token + begin + cell), order, CURVE, True, WIDE)
         q_at = image_base(q, image, q_image, UNIT) + head * Q_HEAD
         k_at = image_base(k, image, k_image, UNIT) + head * K_HEAD
         v_at = image_base(v, image, v_image, UNIT) + head * V_HEAD
         g_at = image_base(grad, image, g_image, UNIT) + head * G_HEAD
-        query = load_vectors(q_at, token, present, Q_TOKEN, D, BLOCK_D, False, WIDE)
-        key = load_vectors(k_at, token, present, K_TOKEN, D, BLOCK_D, False, WIDE)
+        query = load_vectors(q_at, token, present, Q_TOKEN, D, BLOCK_D, False)
+        key = load_vectors(k_at, token, present, K_TOKEN, D, BLOCK_D, False)
         # Zeros where a slot has no token: its row then adds nothing to dK, dV and the bias.
         score = product(query, tl.trans(key), PRECISION) * scale + term
         weight = tl.exp2(score - tl.max(score, 1)[:, None])
         weight = weight * (1.0 / tl.sum(weight, 1))[:, None]
-        g = load_vectors(g_at, token, present, G_TOKEN, DV, BLOCK_DV, True, WIDE)
+        g = load_vectors(g_at, token, present, G_TOKEN, DV, BLOCK_DV, True)
         value_gradient = product(tl.trans(weight.to(g.dtype)), g, PRECISION)
         dv_at = image_base(dv, image, dv_image, UNIT) + head * DV_HEAD
-        store_vectors(dv_at, token, present, value_gradient, DV_TOKEN, DV, BLOCK_DV, WIDE)
-        values = load_vectors(v_at, token, present, V_TOKEN, DV, BLOCK_DV, False, WIDE)
+        store_vectors(dv_at, token, present, value_gradient, DV_TOKEN, DV, BLOCK_DV)
+        values = load_vectors(v_at, token, present, V_TOKEN, DV, BLOCK_DV, False)
         dp = product(g, tl.trans(values), PRECISION)
         ds = weight * (dp - tl.sum(weight * dp, 1)[:, None])
         if BIAS_GRADIENT:
@@ -125,10 +125,10 @@ def backward_kernel(
         low = ds.to(query.dtype)
         query_gradient = product(low, key, PRECISION) * softmax_scale
         dq_at = image_base(dq, image, dq_image, UNIT) + head * DQ_HEAD
-        store_vectors(dq_at, token, present, query_gradient, DQ_TOKEN, D, BLOCK_D, WIDE)
+        store_vectors(dq_at, token, present, query_gradient, DQ_TOKEN, D, BLOCK_D)
         key_gradient = product(tl.trans(low), query, PRECISION) * softmax_scale
         dk_at = image_base(dk, image, dk_image, UNIT) + head * DK_HEAD
-        store_vectors(dk_at, token, present, key_gradient, DK_TOKEN, D, BLOCK_D, WIDE)
+        store_vectors(dk_at, token, present, key_gradient, DK_TOKEN, D, BLOCK_D)
         cell, image = _next(cell, image, count)
     if BIAS_GRADIENT:
         row = (run * HEADS + head).to(tl.int64) * BLOCK_M + m

@@ -470,7 +470,7 @@ def main():
     except _tune_choice.OutOfTime:
         late = "out of time"
     for of in ("lists", "zero keys"):  # regions so small that tiles of 64 tokens are masked: a row of another family
-        _kernel_cases._ROUTED["region16", of] = (16, 2, 16, False)
+        _kernel_cases.ROUTED["region16", of] = (16, 2, 16, False)
     masked = _tune_bench.KernelBench(Cpu(), table, Compilers(), "sm_90", [row], lambda: 9.0, timer, small=True)
     masked = masked.times(row, [shipped])[shipped]
     print(json.dumps([codes, list(found.values()), compared, late, masked]))

@@ -82,23 +82,15 @@ def change(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any]
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Name and constants of every kernel that a test launches, in order."""
-    from nearfield.ops.triton import bias, block_sparse, neighborhood, window
+    from nearfield.ops.triton.launcher import Launcher
 
     made: list[tuple[str, dict[str, Any]]] = []
+    launch = Launcher.__call__
 
-    class Spy:
-        def __init__(self, name: str, kernel: Any) -> None:
-            self.name, self.kernel = name, kernel
+    def spy(self: Launcher, kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        module, name = kernel.fn.__module__.rpartition(".")[2], kernel.fn.__name__.removesuffix("_kernel")
+        made.append((f"{module}.{name}", self.constants | constants))
+        launch(self, kernel, programs, *args, **constants)
 
-        def __getitem__(self, grid: Any) -> Callable[..., Any]:
-            def launch(*args: Any, **kwargs: Any) -> Any:
-                made.append((self.name, kwargs))
-                return self.kernel[grid](*args, **kwargs)
-
-            return launch
-
-    for module in (window, neighborhood, block_sparse, bias):
-        for name in module.__all__:
-            spy = Spy(f"{module.__name__.rpartition('.')[2]}.{name.removesuffix('_kernel')}", getattr(module, name))
-            monkeypatch.setattr(module, name, spy)
+    monkeypatch.setattr(Launcher, "__call__", spy)
     return made

@@ -155,9 +155,9 @@ def test_pieces_of_any_size_give_the_same_gradient(device: torch.device, size: i
 def test_offsets_of_64_bits_give_the_same_result(
     device: torch.device, call: Call, change: Change, launched: Launched
 ) -> None:
-    from nearfield.ops.triton import site
+    from nearfield.ops.triton import launch
 
-    change(site, "wide", lambda *_: True)
+    change(launch, "wide", lambda *_: True)
     assert_call_matches(device, call, batch=2)
     assert constants(launched, "", "WIDE") == {True}
 
@@ -166,9 +166,9 @@ def test_offsets_of_64_bits_give_the_same_result(
 def test_routed_offsets_of_64_bits_give_the_same_result(
     device: torch.device, change: Change, launched: Launched
 ) -> None:
-    from nearfield.ops.triton import routed
+    from nearfield.ops.triton import launch
 
-    change(routed, "wide", lambda *_: True)
+    change(launch, "wide", lambda *_: True)
     for shape in ((7, 10, 3, 2), (9, 9, 8, 2)):
         assert_matches(make_routed(*shape, batch=1, heads=1).to(device))
     assert constants(launched, "", "WIDE") == {True}
@@ -189,9 +189,15 @@ def test_no_sum_or_product_of_integers_overflows(monkeypatch: pytest.MonkeyPatch
 def test_only_maps_of_two_billion_elements_need_64_bits() -> None:
     from nearfield.ops.triton.launch import Strides, wide
 
-    strides = {"Q": Strides(0, 3 * 128, 128), "K": Strides(0, 128, 128)}
-    assert not wide(strides, (1 << 31) // 384)
-    assert wide(strides, (1 << 31) // 384 + 1)
+    packed, tokens = {"Q": Strides(0, 3 * 128, 32), "K": Strides(0, 128, 32)}, (1 << 31) // 384
+    assert not wide(packed, tokens, 4, 32)
+    assert wide(packed, tokens + 1, 4, 32)
+    tokens = 4096 * 4096
+    heads_first = {"Q": Strides(0, 32, tokens * 32)}
+    assert wide(heads_first, tokens, 8, 32)
+    assert wide(heads_first, tokens, 4, 32)  # the last entry is 2**31 - 1, but a dense output has 2**31
+    assert not wide(heads_first, tokens, 3, 32)
+    assert wide({"Q": Strides(0, 64, 16)}, 2300 * 2300, 4, 102), "the rows of a decomposed bias"
 
 
 # --- launch configurations --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import count
 from typing import Any
 from unittest import mock
 
@@ -35,7 +36,7 @@ pytestmark = [
     ),
 ]
 
-DEVICE = 7919  # no other test's
+DEVICES = count(7919)  # Triton keeps what it found for a device: one for each test
 
 
 class Launches:
@@ -83,7 +84,7 @@ def launches() -> Iterator[Launches]:
         return real(self, *args, **kwargs)
 
     believed = mock.Mock()
-    believed.get_current_device.return_value = DEVICE
+    believed.get_current_device.return_value = next(DEVICES)
     believed.get_current_target.return_value = GPUTarget("cuda", 90, 32)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", believed))
@@ -154,6 +155,32 @@ def test_later_launches_are_those_that_triton_would_make(name: str, launches: La
             assert found is code
             assert same == programs
             assert all(a is b for a, b in zip(args, bound, strict=True))
+
+
+def test_tests_see_first_and_later_launches_alike(
+    launches: Launches, launched: list[tuple[str, dict[str, Any]]]
+) -> None:
+    for name in ("windows", "neighborhoods", "bits of regions"):
+        seen = []
+        for batch in (2, 3):
+            launched.clear()
+            launches.made.clear()
+            CALLS[name](batch)
+            assert len(launched) == len(launches.made)
+            seen.append(list(launched))
+        assert seen[0] == seen[1]
+
+
+def test_no_size_of_a_map_is_compiled_in(launches: Launches) -> None:
+    table = torch.randn(2, 13, 13, requires_grad=True)
+    codes = []
+    for pattern in (Window(7, 3), Neighborhood(7)):
+        for height, width in ((56, 56), (63, 49), (112, 70)):
+            launches.made.clear()
+            q = torch.randn(2, height, width, 3, 2, 32).half().requires_grad_()
+            local_attention(q, None, None, pattern, bias=table, backend="triton").sum().backward()
+            codes.append([id(code) for code, *_ in launches.made])
+        assert codes[-1] == codes[-2] == codes[-3]
 
 
 def test_what_specialises_otherwise_is_searched_for(launches: Launches) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from nearfield.ops import HilbertWindow, Neighborhood, cache, local_attention
-from nearfield.ops.cache import TensorCache
+from nearfield.ops.cache import TensorCache, _say_once
 from torch import Tensor
 
 CPU = torch.device("cpu")
+ROUND = pytest.mark.filterwarnings("ignore:nearfield's schedules take more")
 
 
 def kilobyte() -> Tensor:
@@ -28,6 +30,7 @@ def test_a_tensor_is_built_once() -> None:
     assert cache.nbytes == 1024
 
 
+@ROUND
 def test_the_least_recently_used_goes_first() -> None:
     cache = TensorCache(3 * 1024)
     kept = {key: cache.get(key, kilobyte, CPU) for key in "abc"}
@@ -60,6 +63,37 @@ def test_views_count_their_own_elements_and_every_dtype_its_size() -> None:
     cache.get("long", lambda: torch.zeros(10, dtype=torch.int64), CPU)
     cache.get("byte", lambda: torch.zeros(10, dtype=torch.uint8), CPU)
     assert cache.nbytes == 90
+
+
+def test_a_tensor_that_several_hold_counts_once() -> None:
+    cache, shared = TensorCache(3 * 1024), kilobyte()
+    for key in "abc":
+        cache.get(key, lambda: SimpleNamespace(tensors=[shared, torch.zeros(128), shared]), CPU)
+    assert cache.nbytes == 1024 + 3 * 512
+    cache.get("d", kilobyte, CPU)  # a goes; what it shares stays with the others
+    assert cache.nbytes == 1024 + 2 * 512 + 1024
+    for key in "efg":
+        cache.get(key, kilobyte, CPU)
+    assert cache.nbytes == 3 * 1024
+
+
+def test_what_is_made_again_and_again_is_said_once() -> None:
+    cache, device = TensorCache(1024), CPU
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.get("a", kilobyte, device)
+        cache.get("b", kilobyte, device)
+        cache.get("too large", lambda: torch.zeros(1024), device)
+        assert cache.get("b", kilobyte, device) is cache.get("b", kilobyte, device)
+    _say_once.cache_clear()
+    for again in ("a", "too large"):
+        with pytest.warns(UserWarning, match="made again and again: raise .*max_bytes"):
+            cache.get(again, kilobyte if again == "a" else lambda: torch.zeros(1024), device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cache.get("b", kilobyte, device)
+            cache.get("a", kilobyte, device)
+        _say_once.cache_clear()
 
 
 def test_clear_forgets_everything() -> None:
@@ -115,6 +149,7 @@ def test_what_a_device_reads_is_made_in_a_thread_of_its_own(monkeypatch: pytest.
     assert not made.is_inference()
 
 
+@ROUND
 def test_threads_share_one_cache() -> None:
     cache, wrong = TensorCache(50 * 1024), []
 
@@ -131,7 +166,7 @@ def test_threads_share_one_cache() -> None:
         thread.join()
     assert not wrong
     assert cache.nbytes <= 50 * 1024
-    assert cache.nbytes == sum(t.numel() * 4 for t in cache._tensors.values())
+    assert cache.nbytes == sum(t.numel() * 4 for t in cache._values.values())
 
 
 def test_the_operators_cache_is_bounded_and_holds_nothing_of_a_parameter() -> None:
