@@ -181,6 +181,8 @@ def _check_inputs(q: Tensor, k: Tensor | None, v: Tensor | None, pattern: Patter
         raise ValueError(f"dropout_p={dropout_p} must lie in [0, 1)")
     if not q.is_floating_point():
         raise ValueError(f"q must be a floating point tensor, got {q.dtype}")
+    if q.ndim > 1 and 0 in q.shape[-2:]:
+        raise ValueError(f"q must have at least one head and one channel, got {tuple(q.shape)}")
     stride = pattern.query_stride()
     if k is None or v is None:
         if k is not None or v is not None:

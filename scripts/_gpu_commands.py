@@ -20,7 +20,9 @@ from _gpu_measuring import LEAST_S, SCRIPTS, Section, end, last_line
 from _gpu_rows import OUT_OF_TIME, Row, make_row
 
 PYTEST = [
-    *(sys.executable, "-m", "pytest", "-c", "tests/pytest.ini", "tests", "-m", "gpu", "-q"),
+    *(sys.executable, "-m", "pytest", "-c", "tests/pytest.ini", "-m", "gpu and not slow", "-q"),
+    # what only hardware shows comes first, should time run out
+    *("tests/kernels/test_gpu.py", "tests"),
     # a machine that measures need not have what other tests import
     *("-p", "no:cacheprovider", "--continue-on-collection-errors"),
 ]

@@ -149,7 +149,8 @@ def choose(op: str, arch: str, precision: str, block_d: int, family: str) -> Con
 
     Args:
         op: "window.forward", "neighborhood.query" and so on. block_d: head_dim rounded up to a power of two.
-        family: what kind of tiles: "plane", "curve", or "cell" or "region" with its slots, as in "cell64".
+        family: what kind of tiles: "plane", "curve", "lookup" (see `Site.families`), or "cell" or "region" with its
+            slots, as in "cell64".
 
     Raises:
         ValueError: there is no such row, or the tuned table is damaged.

@@ -24,6 +24,12 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _exact_convolutions() -> None:
+    # cuDNN's default is TF32, which no comparison of two backends survives
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _faster_interpreter() -> Iterator[None]:
     """Leaves out what takes half of the interpreter's time and changes no result.
 

@@ -244,7 +244,8 @@ def test_a_compiled_model_computes_what_the_eager_one_does(mode: str) -> None:
     for _ in range(3):
         x = torch.randn(4, 14, 15, 64, device=CUDA)
         got = [t.clone() for t in step_of(compiled, x, parameters)]
-        torch.testing.assert_close(got, step_of(model, x, parameters), rtol=1e-4, atol=1e-5)
+        for have, want in zip(got, step_of(model, x, parameters), strict=True):
+            assert_at_most(largest(have - want), 1e-4 * largest(want), "difference to the eager step")
     torch.compiler.reset()
 
 
@@ -312,16 +313,19 @@ def test_a_batch_of_more_than_two_billion_elements(pattern: Pattern) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", [Window(7), Neighborhood(3)], ids=str)
 def test_a_map_of_more_than_two_billion_elements(pattern: Pattern) -> None:
-    """Offsets inside an image need 64 bits: a map of 4096 x 2048 and one of its last rows alone."""
+    """Offsets inside an image need 64 bits: a map of 4096 x 2048 and one of its last rows alone.
+
+    Heights and rows are multiples of a tile's or a window's: blocks then begin at the same rows in both.
+    """
     needs(60)
-    qkv = torch.empty(1, 4095, 2044, 3, 3, 32, dtype=torch.bfloat16, device=CUDA)
+    height, rows = (4095, 42) if isinstance(pattern, Window) else (4096, 64)
+    qkv = torch.empty(1, height, 2044, 3, 3, 32, dtype=torch.bfloat16, device=CUDA)
     assert qkv.numel() > 1 << 31
     for part in qkv.split(256, dim=1):
         part.normal_()
     leaf = qkv.requires_grad_()
     out = local_attention(leaf, None, None, pattern, backend="triton")
     (gradient,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
-    rows = 42 if isinstance(pattern, Window) else 40
     corner = qkv[:, -rows:].detach().clone().requires_grad_()
     want = local_attention(corner, None, None, pattern, backend="triton")
     (want_gradient,) = torch.autograd.grad(want, corner, torch.ones_like(want))

@@ -229,7 +229,8 @@ def test_dropout_runs_on_the_torch_backend_with_a_notice(device: torch.device, n
     with pytest.warns(UserWarning, match="dropout runs on the 'torch' backend"):
         got = dropped("triton")
     assert not launched
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for a, b in zip(got, want, strict=True):  # on a GPU that backend adds in any order
+        torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if device.type == "cpu" else {}))
 
 
 def test_the_notice_of_dropout_is_shown_once(device: torch.device) -> None:

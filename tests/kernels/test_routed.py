@@ -64,7 +64,8 @@ def test_output_and_every_gradient(
         height, width, region_size, topk, zero_pad=zero_pad, batch=1 + height % 2, heads=1, packed=packed
     )
     assert_matches(call.to(device))
-    assert forms(launched) == {dense}
+    if device.type == "cpu":  # a GPU's launch table may decide otherwise
+        assert forms(launched) == {dense}
 
 
 @everywhere("dtype, zero_pad", [(d, z) for d in HALVES for z in (False, True)], fast=(0, 3), fast_on_gpu=(0, 3))
