@@ -6,7 +6,7 @@ such a file and import it here.
 
 from __future__ import annotations
 
-from . import dinat, dinat_s, nat, swin
+from . import dinat, dinat_s, nat, swin, swin_v2
 from .backbone import Backbone
 from .features import Features
 from .loading import export_state_dict, models_that_fit
@@ -25,4 +25,5 @@ __all__ = [
     "models_that_fit",
     "nat",
     "swin",
+    "swin_v2",
 ]

@@ -112,11 +112,14 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the map; odd sides are zero-padded first."""
+        return self.reduction(self.norm(self.neighbours(x)))
+
+    @staticmethod
+    def neighbours(x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C): 2x2 in the published order, x outermost."""
         x = pad_map(x, x.shape[1] + x.shape[1] % 2, x.shape[2] + x.shape[2] % 2)
         B, H, W, C = x.shape
-        # the published order of the four neighbours: x outermost, then y
-        x = x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
-        return self.reduction(self.norm(x))
+        return x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
 
 
 class LocalAttention(nn.Module):

@@ -16,6 +16,15 @@ from .registry import register
 from .transformer import LocalTransformer
 
 
+def shifted_windows(window_size: Pair, shifted: bool) -> dict[tuple[bool, bool], Window]:
+    """Swin's pattern by whether each axis is longer than one window: one that is not is not shifted.
+
+    Made once so that a forward pass has nothing to build.
+    """
+    y, x = (size // 2 if shifted else 0 for size in window_size)
+    return {(tall, wide): Window(window_size, (y * tall, x * wide)) for tall in (False, True) for wide in (False, True)}
+
+
 class WindowAttention(LocalAttention):
     """Attention in (shifted) windows with a learned table.
 
@@ -35,11 +44,7 @@ class WindowAttention(LocalAttention):
 
     def _cut(self, window_size: Pair) -> None:
         self.window_size = window_size
-        y, x = (size // 2 if self.shifted else 0 for size in window_size)
-        # by whether each axis is longer than one window; made here so that forward has nothing to build
-        self.windows = {
-            (tall, wide): Window(window_size, (y * tall, x * wide)) for tall in (False, True) for wide in (False, True)
-        }
+        self.windows = shifted_windows(window_size, self.shifted)
 
     def set_window(self, window_size: Pair) -> None:
         """Change the window; the table is resized to it."""
@@ -114,7 +119,7 @@ class Swin(LocalTransformer):
         **options: Any,
     ) -> None:
         windows = per_stage("window_size", window_size, len(depths))
-        fitted = _fitted_windows(windows, to_pair("img_size", img_size), stem_stride)
+        fitted = fitted_windows(windows, to_pair("img_size", img_size), stem_stride)
 
         def attention(stage: int, block: int, dim: int, num_heads: int, **drops: Any) -> WindowAttention:
             return WindowAttention(dim, num_heads, fitted[stage], shifted=block % 2 == 1, **drops)
@@ -129,7 +134,7 @@ class Swin(LocalTransformer):
         windows = self.window_sizes
         if window_size is not None:
             windows = per_stage("window_size", window_size, len(self.feature_info))
-        fitted = _fitted_windows(windows, img_size, self.feature_info[0]["reduction"])
+        fitted = fitted_windows(windows, img_size, self.feature_info[0]["reduction"])
         self.window_sizes = windows
         # stages may have been pruned
         for stage, window in zip(self.stages, fitted, strict=False):
@@ -137,7 +142,7 @@ class Swin(LocalTransformer):
                 block.attn.set_window(window)
 
 
-def _fitted_windows(windows: Sequence[Size], img_size: Pair, stem_stride: int) -> list[Pair]:
+def fitted_windows(windows: Sequence[Size], img_size: Pair, stem_stride: int) -> list[Pair]:
     """The window of each stage: no larger than its map at ``img_size``."""
     fitted = []
     for i, window in enumerate(windows):

@@ -17,7 +17,11 @@ MODELS = [
     *(f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large", "large_384", "large_384_11x11")),
     *(f"dinat_s_{size}" for size in ("tiny", "small", "base", "large", "large_384")),
     *(f"swin_{size}" for size in ("tiny", "small", "base", "large", "base_384", "large_384")),
+    *(f"swinv2_{size}_window{window}" for size in ("tiny", "small", "base") for window in (8, 16)),
+    *(f"swinv2_{size}_window{window}_22k" for size in ("base", "large") for window in (16, 24)),
 ]
+# published for what they were pre-trained on alone
+PRETRAINED = ["swinv2_base_window12_22k", "swinv2_large_window12_22k"]
 ROWS = entries()
 
 
@@ -31,7 +35,7 @@ def test_every_model_has_a_default_for_imagenet_1k(model: str) -> None:
 
 
 def test_no_other_models_are_in_the_index() -> None:
-    assert {row.model for row in ROWS} == set(MODELS)
+    assert {row.model for row in ROWS} == {*MODELS, *PRETRAINED}
     assert entries("nat_nano") == []
 
 
@@ -58,7 +62,10 @@ def test_rows_are_consistent(row: object) -> None:
     assert row.top1 is None or 80 < row.top1 < 90
     assert (row.top1 is not None) == (row.num_classes == 1000)
     assert row.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", row.sha256)
-    assert row.input_size == (3, *[384 if "384" in row.model and "interp" not in row.file else 224] * 2)
+    side = 384 if "384" in row.model and "interp" not in row.file else 224
+    if row.model.startswith("swinv2"):
+        side = 192 if "window12" in row.model else 384 if "window24" in row.model else 256
+    assert row.input_size == (3, side, side)
     assert row.crop_pct == (1.0 if row.input_size[1] == 384 else 0.9 if row.layout == "timm" else 0.875)
     assert row.crop_mode == ("squash" if row.layout == "microsoft" and row.input_size[1] == 384 else "center")
     assert row.interpolation == "bicubic"
@@ -75,7 +82,8 @@ def test_rows_become_pretrained_cfgs_of_timm(row: object) -> None:
 
 
 def timm_swins() -> list[PretrainedCfg]:
-    names = timm.list_models("swin_*_patch4_window*", pretrained=True)
+    names = timm.list_models(["swin_*_patch4_window*", "swinv2_*_window*_*"], pretrained=True)
+    names = [name for name in names if timm.model_entrypoint(name).__module__.startswith("timm.")]
     cfgs = [timm.get_pretrained_cfg(name) for name in names]
     return [cfg for cfg in cfgs if cfg is not None]
 
@@ -83,7 +91,7 @@ def timm_swins() -> list[PretrainedCfg]:
 def test_swin_rows_are_those_that_timm_knows() -> None:
     assert {cfg.url for cfg in timm_swins()} == {row.url for row in ROWS if row.layout == "microsoft"}
     hub = {f"{cfg.hf_hub_id}": cfg for cfg in timm_swins()}
-    rows = {row.hub: row for row in ROWS if row.layout == "timm"}
+    rows = {row.hub: row for row in ROWS if row.layout == "timm" and row.model.startswith("swin")}
     assert hub.keys() == rows.keys()
     for name, cfg in hub.items():
         row = rows[name]
@@ -104,6 +112,7 @@ def test_swin_rows_are_those_that_timm_knows() -> None:
         ("swin_base", "swin_base.ms_in1k"),
         ("swin_base.ms_in22k_ft_in1k", "swin_base.ms_in22k_ft_in1k"),
         ("swin_large", "swin_large.ms_in22k_ft_in1k"),
+        ("swinv2_base_patch4_window12_192_22k.pth", "swinv2_base_window12_22k.ms_in22k"),
         ("hf-hub:timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
         ("timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
     ],

@@ -69,6 +69,8 @@ def test_an_experiment_is_a_full_recipe_with_its_source(name: str) -> None:
 def test_the_experiments_are_those_that_were_promised() -> None:
     wanted = {f"{family}_{size}_imagenet" for family in ("nat", "dinat") for size in ("mini", "tiny", "small", "base")}
     wanted |= {f"{family}_{size}_imagenet" for family in ("dinat_s", "swin") for size in ("tiny", "small", "base")}
+    wanted |= {f"swinv2_{size}_window{n}_imagenet" for size in ("tiny", "small", "base") for n in (8, 16)}
+    wanted |= {f"swinv2_{size}_window{n}_22k_finetune" for size in ("base", "large") for n in (16, 24)}
     assert wanted | {"dinat_large_384_finetune", "swin_base_384_finetune"} == set(EXPERIMENTS)
 
 

@@ -18,6 +18,9 @@ NAMES = set(
     dinat_nano dinat_mini dinat_tiny dinat_small dinat_base dinat_large dinat_large_384 dinat_large_384_11x11
     dinat_s_tiny dinat_s_small dinat_s_base dinat_s_large dinat_s_large_384
     swin_nano swin_tiny swin_small swin_base swin_large swin_base_384 swin_large_384
+    swinv2_nano swinv2_tiny_window8 swinv2_tiny_window16 swinv2_small_window8 swinv2_small_window16
+    swinv2_base_window8 swinv2_base_window16 swinv2_base_window16_22k swinv2_base_window24_22k
+    swinv2_large_window16_22k swinv2_large_window24_22k
     """.split()  # noqa: SIM905 - read as a table
 )
 

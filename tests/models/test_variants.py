@@ -34,6 +34,18 @@ MILLIONS = {
     "swin_base_384": "88",
     "swin_large": "197",
     "swin_large_384": "197",
+    "swinv2_tiny_window8": "28",
+    "swinv2_tiny_window16": "28",
+    "swinv2_small_window8": "50",
+    "swinv2_small_window16": "50",
+    "swinv2_base_window8": "88",
+    "swinv2_base_window16": "88",
+    "swinv2_base_window12_22k": "88",
+    "swinv2_base_window16_22k": "88",
+    "swinv2_base_window24_22k": "88",
+    "swinv2_large_window12_22k": "197",
+    "swinv2_large_window16_22k": "197",
+    "swinv2_large_window24_22k": "197",
 }
 SCALED = {"nat_small", "nat_base", "dinat_base"}
 
@@ -41,11 +53,11 @@ SCALED = {"nat_small", "nat_base", "dinat_base"}
 @cache
 def on_meta(name: str) -> nearfield.models.Backbone:
     with torch.device("meta"):
-        return nearfield.create_model(name)
+        return nearfield.create_model(name, num_classes=1000)
 
 
 def test_every_published_model_has_a_figure() -> None:
-    families = ("nat_", "dinat_", "swin_")
+    families = ("nat_", "dinat_", "swin_", "swinv2_")
     assert set(MILLIONS) == {n for n in nearfield.list_models() if n.startswith(families) and not n.endswith("_nano")}
 
 
