@@ -15,7 +15,7 @@ from .layers import Block, Size, Stage, per_stage
 class LocalTransformer(Backbone):
     """A stem, stages of ``Block``s with a downsampler between, channels doubling from stage to stage.
 
-    A family gives the attention, and the classes of its stem and downsampler as class attributes.
+    A family gives the attention, and the classes of its stem, downsampler and block as class attributes.
 
     Args:
         attention: called with (stage, block, dim, num_heads, qkv_bias=, attn_drop=, proj_drop=) for every block.
@@ -34,6 +34,7 @@ class LocalTransformer(Backbone):
 
     stem_type: ClassVar[type[nn.Module]]
     downsample_type: ClassVar[type[nn.Module]]
+    block_type: ClassVar[type[Block]] = Block
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class LocalTransformer(Backbone):
             Stage(
                 self.downsample_type(dims[i - 1], dim, norm) if i else nn.Identity(),
                 [
-                    Block(
+                    self.block_type(
                         dim,
                         attention(i, j, dim, heads[i], **options),
                         mlp_ratio=ratios[i],

@@ -34,6 +34,11 @@ MILLIONS = {
     "swin_base_384": "88",
     "swin_large": "197",
     "swin_large_384": "197",
+    "biformer_tiny": "13.1",
+    "biformer_small": "25.5",
+    "biformer_base": "56.8",
+    "biformer_stl": "28.4",
+    "biformer_stl_nchw": "28.4",
 }
 SCALED = {"nat_small", "nat_base", "dinat_base"}
 
@@ -45,7 +50,7 @@ def on_meta(name: str) -> nearfield.models.Backbone:
 
 
 def test_every_published_model_has_a_figure() -> None:
-    families = ("nat_", "dinat_", "swin_")
+    families = ("nat_", "dinat_", "swin_", "biformer_")
     assert set(MILLIONS) == {n for n in nearfield.list_models() if n.startswith(families) and not n.endswith("_nano")}
 
 
