@@ -275,7 +275,7 @@ class BiFormer(LocalTransformer):
         self,
         *,
         regions: Size | Sequence[Size] = 7,
-        topk: int | None | Sequence[int | None] = (1, 4, 16, None),
+        topk: int | Sequence[int | None] | None = (1, 4, 16, None),
         depths: Sequence[int] = (2, 2, 8, 2),
         norm_layer: str | Callable[..., nn.Module] = _LAYER_NORM,
         **options: Any,
@@ -372,7 +372,7 @@ def _regions(regions: Size | Sequence[Size], stages: int) -> list[Pair]:
     return [to_pair("regions", pair) for pair in per_stage("regions", regions, stages)]
 
 
-def _topk(topk: int | None | Sequence[int | None], regions: Sequence[Pair]) -> list[int | None]:
+def _topk(topk: int | Sequence[int | None] | None, regions: Sequence[Pair]) -> list[int | None]:
     """The number of key regions of every stage, None for full attention."""
     counts = list(per_stage("topk", topk, len(regions)))
     for count, (ny, nx) in zip(counts, regions, strict=True):
