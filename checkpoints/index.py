@@ -87,10 +87,10 @@ def _rows() -> tuple[Entry, ...]:
 
 def _entry(row: dict[str, Any]) -> Entry:
     row = {"hub": None, "top1": None, "sha256": None, "note": "", **row}
-    folder = row.pop("folder")
+    folder, url = row.pop("folder", None), row.pop("url", None)
     for key in ("input_size", "mean", "std"):
         row[key] = tuple(row[key])
-    return Entry(url=None if row["hub"] else folder + row["file"], **row)
+    return Entry(url=None if row["hub"] else url or folder + row["file"], **row)
 
 
 def entries(model: str | None = None) -> list[Entry]:

@@ -6,7 +6,7 @@ such a file and import it here.
 
 from __future__ import annotations
 
-from . import dinat, dinat_s, nat, swin, swin_v2
+from . import biformer, dinat, dinat_s, nat, swin, swin_v2
 from .backbone import Backbone
 from .features import Features
 from .loading import export_state_dict, models_that_fit
@@ -17,6 +17,7 @@ warn_about_names()
 __all__ = [
     "Backbone",
     "Features",
+    "biformer",
     "create_model",
     "dinat",
     "dinat_s",

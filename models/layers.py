@@ -90,11 +90,11 @@ class PatchStem(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """3x3 convolution of stride 2 without bias, then a norm (NAT): (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), out)."""
+    """3x3 convolution of stride 2, then a norm (NAT, without bias): (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), out)."""
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: NormLayer) -> None:
+    def __init__(self, dim: int, out_dim: int, norm_layer: NormLayer, bias: bool = False) -> None:
         super().__init__()
-        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False)
+        self.reduction = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=bias)
         self.norm = norm_layer(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs
-from torch import nn
+from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
+from torch import Tensor, nn
 
 from .. import checkpoints
 from ..checkpoints import describe_mismatch
@@ -94,15 +94,19 @@ def _cfgs(name: str, family: type[Backbone], kwargs: Mapping[str, Any]) -> dict[
 def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         own = "feature_cls" not in kwargs
-        return build_model_with_cfg(
+        state = _read_for_timm(variant.name, kwargs) if pretrained else None
+        model = build_model_with_cfg(
             variant.family,
             variant.name,
-            pretrained,
+            pretrained and state is None,
             pretrained_filter_fn=checkpoint_filter_fn,
             # None: all stages, where timm would take five
             feature_cfg={"feature_cls": Features, "out_indices": None} if own else {},
             **{**variant.kwargs, **kwargs},
         )
+        if state is not None:
+            _load(model, state)
+        return model
 
     create.__name__ = create.__qualname__ = variant.name
     create.__module__ = module
@@ -110,6 +114,30 @@ def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Modul
         f"{variant.family.__name__}: {', '.join(f'{key}={value}' for key, value in variant.kwargs.items())}."
     )
     return create
+
+
+def _read_for_timm(name: str, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The published weights where timm would go wrong: it keeps a file under the last part of its URL.
+
+    Five files behind URLs that all end in ``/content`` would be one to it.
+    """
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    entry = checkpoints.find(cfg.url) if isinstance(cfg.url, str) and cfg.url else None
+    if entry is None or cfg.file or cfg.state_dict or str(cfg.url).endswith(f"/{entry.file}"):
+        return None
+    return checkpoints.read(checkpoints.resolve(str(cfg.url), cache_dir=kwargs.get("cache_dir")))
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a file's weights, adapted to the classes and channels of the model; CheckpointMismatch if they differ."""
+    backbone = model.backbone if isinstance(model, Features) else model
+    assert isinstance(backbone, Backbone)
+    try:
+        model.load_state_dict(adapt_state_dict(state, backbone))
+    except StateDictMismatch as error:
+        # in terms of the file as it is, not as it was adapted to a model that it does not fit
+        difference = describe_mismatch(fit_state_dict(state, backbone), shapes_of(backbone))
+        raise mismatch(difference, state, backbone) from error
 
 
 def create_model(
@@ -174,14 +202,7 @@ def create_model(
     args = {key: value for key, value in kwargs.items() if key not in ("pretrained_cfg", "cache_dir")}
     vars(model)["_model_args"] = args
     if state is not None:
-        backbone = model.backbone if isinstance(model, Features) else model
-        assert isinstance(backbone, Backbone)
-        try:
-            model.load_state_dict(adapt_state_dict(state, backbone))
-        except StateDictMismatch as error:
-            # in terms of the file as it is, not as it was adapted to a model that it does not fit
-            difference = describe_mismatch(fit_state_dict(state, backbone), shapes_of(backbone))
-            raise mismatch(difference, state, backbone) from error
+        _load(model, state)
     return model
 
 

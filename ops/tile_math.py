@@ -18,7 +18,8 @@ Keep = Callable[[Tensor], Tensor]
 
 def own_precision(device: torch.device) -> torch.autocast:
     """Context in which autocast leaves the operators' products alone: they choose their precision themselves."""
-    return torch.autocast(device.type, enabled=False)
+    # autocast knows no meta device, on which nothing is computed anyway
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def attend(

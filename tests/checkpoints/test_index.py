@@ -16,6 +16,7 @@ MODELS = [
     *(f"nat_{size}" for size in ("mini", "tiny", "small", "base")),
     *(f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large", "large_384", "large_384_11x11")),
     *(f"dinat_s_{size}" for size in ("tiny", "small", "base", "large", "large_384")),
+    *(f"biformer_{size}" for size in ("tiny", "small", "base", "stl", "stl_nchw")),
     *(f"swin_{size}" for size in ("tiny", "small", "base", "large", "base_384", "large_384")),
     *(f"swinv2_{size}_window{window}" for size in ("tiny", "small", "base") for window in (8, 16)),
     *(f"swinv2_{size}_window{window}_22k" for size in ("base", "large") for window in (16, 24)),
@@ -52,9 +53,9 @@ def test_rows_are_consistent(row: object) -> None:
     if row.url:
         parts = urlsplit(row.url)
         assert parts.scheme == "https"
-        assert parts.path.rsplit("/", 1)[-1] == row.file
+        assert parts.path.rsplit("/", 1)[-1] == (row.file if parts.hostname != "api.onedrive.com" else "content")
         assert not parts.query
-    assert row.layout in ("shi-labs", "microsoft", "timm")
+    assert row.layout in ("shi-labs", "microsoft", "timm", "rayleizhu")
     assert row.licence == "MIT"
     assert row.source
     assert re.fullmatch(r"[a-z0-9_]+", row.tag)

@@ -71,6 +71,7 @@ def test_the_experiments_are_those_that_were_promised() -> None:
     wanted |= {f"{family}_{size}_imagenet" for family in ("dinat_s", "swin") for size in ("tiny", "small", "base")}
     wanted |= {f"swinv2_{size}_window{n}_imagenet" for size in ("tiny", "small", "base") for n in (8, 16)}
     wanted |= {f"swinv2_{size}_window{n}_22k_finetune" for size in ("base", "large") for n in (16, 24)}
+    wanted |= {f"biformer_{size}_imagenet" for size in ("tiny", "small", "stl", "stl_nchw")}
     assert wanted | {"dinat_large_384_finetune", "swin_base_384_finetune"} == set(EXPERIMENTS)
 
 
@@ -84,6 +85,11 @@ def test_published_rates_come_out_at_the_published_batch() -> None:
     assert swin.optim.lr * lr_scale(swin.optim, 1024) == pytest.approx(1e-3)
     assert swin.sched.min_lr * lr_scale(swin.optim, 1024) == pytest.approx(1e-5)
     assert not swin.optim.decay_bias_tables
+    for name, batch in (("biformer_small", 2048), ("biformer_stl", 1024)):
+        biformer = door.compose("train", TrainConfig, [f"experiment={name}_imagenet"])
+        scale = lr_scale(biformer.optim, batch)
+        rates = (biformer.optim.lr, biformer.sched.min_lr, biformer.sched.warmup_lr)
+        assert [rate * scale for rate in rates] == pytest.approx([5e-4 * batch / 512, 1e-5, 1e-6])
 
 
 def test_a_debug_group_lies_on_top_of_an_experiment() -> None:

@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 MODELS = nearfield.list_models()
+POSITIONS = r"rel_pos_bias$|logit_scale$|\.cpb_mlp\."  # what says where, or how sharply: free of weight decay
 NANO = [name for name in MODELS if name.endswith("_nano")]
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -80,7 +81,7 @@ def test_constructs_on_meta_without_touching_memory(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     assert all(p.is_meta for p in model.parameters())
-    assert not list(model.buffers())
+    assert all(buffer.is_meta for buffer in model.buffers())
 
 
 def test_weights_made_on_meta_are_initialised_like_others(small: Small) -> None:
@@ -210,10 +211,8 @@ def test_checkpointing_changes_neither_output_nor_gradients(member: str, small: 
 
 def test_only_positions_and_scales_are_named_as_free_of_decay(member: str, small: Small) -> None:
     model = small(member)
-    blocks = sum(len(stage.blocks) for stage in model.stages)
-    named = model.no_weight_decay()
-    assert len([key for key in named if dict(model.named_parameters())[key].ndim == 3]) == blocks
-    assert all(re.search(r"rel_pos_bias$|logit_scale$|\.cpb_mlp\.", key) for key in named)
+    positions = {name for name, _ in model.named_parameters() if re.search(POSITIONS, name)}
+    assert set(model.no_weight_decay()) == positions
 
 
 def test_layer_groups_are_one_for_each_block(member: str, small: Small) -> None:
@@ -298,9 +297,11 @@ def test_compiles_as_one_graph(name: str, backend: str) -> None:
     torch._dynamo.reset()
     model, x = randomise(nearfield.create_model(name, num_classes=10)), image(36, 44)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    y, z = model(x), compiled(x)
-    torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
+    y = model(x)
+    # before the second pass moves the statistics of batch norms in place
     expected = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    z = compiled(x)
+    torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
     got = torch.autograd.grad(z.square().sum(), list(model.parameters()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -17,6 +17,7 @@ NAMES = set(
     nat_nano nat_mini nat_tiny nat_small nat_base
     dinat_nano dinat_mini dinat_tiny dinat_small dinat_base dinat_large dinat_large_384 dinat_large_384_11x11
     dinat_s_tiny dinat_s_small dinat_s_base dinat_s_large dinat_s_large_384
+    biformer_nano biformer_tiny biformer_small biformer_base biformer_stl biformer_stl_nchw
     swin_nano swin_tiny swin_small swin_base swin_large swin_base_384 swin_large_384
     swinv2_nano swinv2_tiny_window8 swinv2_tiny_window16 swinv2_small_window8 swinv2_small_window16
     swinv2_base_window8 swinv2_base_window16 swinv2_base_window16_22k swinv2_base_window24_22k

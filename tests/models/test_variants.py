@@ -46,6 +46,11 @@ MILLIONS = {
     "swinv2_large_window12_22k": "197",
     "swinv2_large_window16_22k": "197",
     "swinv2_large_window24_22k": "197",
+    "biformer_tiny": "13.1",
+    "biformer_small": "25.5",
+    "biformer_base": "56.8",
+    "biformer_stl": "28.4",
+    "biformer_stl_nchw": "28.4",
 }
 SCALED = {"nat_small", "nat_base", "dinat_base"}
 
@@ -57,7 +62,7 @@ def on_meta(name: str) -> nearfield.models.Backbone:
 
 
 def test_every_published_model_has_a_figure() -> None:
-    families = ("nat_", "dinat_", "swin_", "swinv2_")
+    families = ("nat_", "dinat_", "swin_", "swinv2_", "biformer_")
     assert set(MILLIONS) == {n for n in nearfield.list_models() if n.startswith(families) and not n.endswith("_nano")}
 
 

@@ -220,6 +220,13 @@ def test_routing_stays_in_float32_under_autocast() -> None:
             assert torch.equal(routing_attention(q, k, v, 4, 2, backend=backend), plain)
 
 
+def test_a_meta_tensor_has_a_meta_output() -> None:
+    qkv = torch.empty(2, 8, 12, 3, 2, 4, device="meta")
+    out = routing_attention(qkv, None, None, 4, 3)
+    assert out.is_meta
+    assert out.shape == (2, 8, 12, 2, 4)
+
+
 def test_results_are_bitwise_repeatable() -> None:
     q, k, v = (t.detach().float().requires_grad_() for t in tensors(9, 8))
     runs = []
