@@ -6,7 +6,7 @@ from .download import cache_dir
 from .errors import CheckpointError, CheckpointMismatch, DownloadError, UnsafeCheckpoint
 from .index import Entry, entries, find
 from .layouts import FlippedTable, Layout, Rule, Transform, convert, describe_mismatch
-from .load import read, read_metadata, resolve, save
+from .load import read, read_metadata, resolve, save, save_torch
 from .wrappers import unwrap
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "read_metadata",
     "resolve",
     "save",
+    "save_torch",
     "unwrap",
 ]

@@ -12,7 +12,7 @@ import secrets
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -156,7 +156,6 @@ def save(state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Ma
     Raises:
         CheckpointError: another suffix, nothing to write, a value that is no tensor or string, no space, no permission.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -177,22 +176,49 @@ def save(state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Ma
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         tensors[key] = value
+    _write_whole(path, lambda part: save_file(tensors, part, {"format": "pt", **(metadata or {})}))
+    return path
+
+
+def save_torch(state: Mapping[str, Tensor], path: str | os.PathLike[str], under: str | None = None) -> Path:
+    """Write a state dict by ``torch.save``, all of it or nothing, for programs that read nothing else.
+
+    Args:
+        state: tensors by key, on any device.
+        path: destination; its folder is made when it does not exist.
+        under: a key that holds the state dict in the file (``model``, ``state_dict``); None for a plain one.
+
+    Raises:
+        CheckpointError: nothing to write, no space, no permission.
+    """
+    path = Path(path)
+    if not state:
+        raise CheckpointError(f"{path}: there is nothing to save, the state dict is empty")
+    # copies: a view would take all of its storage into the file
+    tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    _write_whole(path, lambda part: torch.save({under: tensors} if under else tensors, part))
+    return path
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in its place in one step."""
+    from safetensors import SafetensorError
+
     part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("xb") as file:  # for the permissions that a new file of this user has
             mode = os.fstat(file.fileno()).st_mode & 0o777
-        save_file(tensors, part, {"format": "pt", **(metadata or {})})
+        write(part)
         part.chmod(mode)
         _flush(part)
         os.replace(part, path)
         _flush(path.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {_line(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
-    return path
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

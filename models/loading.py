@@ -28,6 +28,7 @@ _logger = logging.getLogger("nearfield.models")
 
 TABLE = "rel_pos_bias"
 CLASSIFIER = "head.fc"
+OURS = "nearfield"
 
 
 class StateDictMismatch(CheckpointMismatch, RuntimeError):  # noqa: N818 - named as its parent
@@ -130,23 +131,32 @@ def models_that_fit(state: Mapping[str, Tensor]) -> list[str]:
 
     Models that differ in nothing that a file stores (NAT and DiNAT: the dilation is no parameter) are all named.
     """
-    converted: dict[Any, dict[str, Tensor]] = {}
-    names = []
+    return list(layouts_that_fit(state))
+
+
+def layouts_that_fit(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """What ``models_that_fit`` names, each with the name of the layout that the file has for it.
+
+    That is one of the family's ``layouts``, or ``OURS`` where the keys are this package's own.
+    """
+    converted: dict[Any, tuple[dict[str, Tensor], str]] = {}
+    fitting = {}
     for variant in catalog.variants():
         layouts = variant.family.layouts
         if layouts not in converted:
             converted[layouts] = _converted_or_empty(state, layouts)
-        theirs = converted[layouts]
+        theirs, layout = converted[layouts]
         if theirs and _fits(theirs, variant):
-            names.append(variant.name)
-    return names
+            fitting[variant.name] = layout
+    return fitting
 
 
-def _converted_or_empty(state: Mapping[str, Tensor], layouts: Any) -> dict[str, Tensor]:
+def _converted_or_empty(state: Mapping[str, Tensor], layouts: Any) -> tuple[dict[str, Tensor], str]:
     try:
-        return convert(state, layouts)[0]
+        converted, layout = convert(state, layouts)
     except CheckpointMismatch:
-        return {}
+        return {}, OURS
+    return converted, OURS if layout is None else layout.name
 
 
 def _fits(state: Mapping[str, Tensor], variant: catalog.Variant) -> bool:
@@ -176,7 +186,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Backbone) -> dict
 
 def published_options(state: Mapping[str, Tensor], family: type[Backbone]) -> dict[str, int]:
     """``num_classes`` and ``in_chans`` of the model that a file was saved from, where its keys tell."""
-    state = _converted_or_empty(state, family.layouts)
+    state, _ = _converted_or_empty(state, family.layouts)
     options = {}
     for option, key, axis in (
         ("num_classes", f"{CLASSIFIER}.weight", 0),
