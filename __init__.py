@@ -10,9 +10,20 @@ from types import ModuleType
 
 from . import checkpoints, models, ops
 from ._version import __version__
-from .models import create_model, list_models
+from .models import create_model, from_pretrained, list_models, push_to_hub, save_pretrained
 
-__all__ = ["__version__", "checkpoints", "create_model", "engine", "list_models", "models", "ops"]
+__all__ = [
+    "__version__",
+    "checkpoints",
+    "create_model",
+    "engine",
+    "from_pretrained",
+    "list_models",
+    "models",
+    "ops",
+    "push_to_hub",
+    "save_pretrained",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from .download import is_offline
-from .errors import DownloadError
+from .errors import CheckpointError, DownloadError
 
 _PREFIXES = ("hf-hub:", "hf_hub:")
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -39,11 +40,7 @@ def hub_download(
     from huggingface_hub import hf_hub_download  # slow to import, and only needed here
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
-    if is_hub(repo):
-        repo = repo.split(":", 1)[1]
-    name, _, revision = repo.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise DownloadError(f"hf-hub:{repo} names no repository, expected hf-hub:owner/name[@revision]")
+    repo, name, revision = _parts(repo)
     only_local = is_offline(offline)
     wanted = (file,) if file else _FILES
     for candidate in wanted:
@@ -69,6 +66,65 @@ def hub_download(
             f"{' or '.join(wanted)} from https://huggingface.co/{name} and give its path instead"
         )
     raise DownloadError(f"hf-hub:{repo} has no {' or '.join(wanted)}")
+
+
+def hub_upload(
+    folder: str | os.PathLike[str],
+    repo: str,
+    *,
+    token: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    message: str,
+    keep: Collection[str] = (),
+) -> str:
+    """Upload the files of a folder in one commit, and return the address of the repository.
+
+    Args:
+        folder: on this machine, without folders in it.
+        repo: ``owner/name`` or ``owner/name@branch``, with or without ``hf-hub:`` before it; made when there is none.
+        token: default the one that the hub's client keeps.
+        private: whether a new repository is.
+        revision: branch, made when there is none; default the one of ``repo``, else the main one.
+        message: of the commit.
+        keep: files that stay as they are where the repository has them.
+
+    Raises:
+        CheckpointError: offline, not allowed, or no connection.
+    """
+    repo, name, branch = _parts(repo)
+    revision = revision or branch or None
+    if is_offline():
+        raise CheckpointError(f"hf-hub:{repo} cannot be written: this is offline (NEARFIELD_OFFLINE, HF_HUB_OFFLINE)")
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(token=token)
+        address = api.create_repo(name, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        there = [file for file in keep if api.file_exists(name, file, revision=revision)]
+        api.upload_folder(
+            repo_id=name,
+            folder_path=Path(folder),
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=there or None,
+        )
+    except Exception as error:  # as above
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"hf-hub:{repo} cannot be written: {text}") from None
+    return str(address)
+
+
+def _parts(repo: str) -> tuple[str, str, str]:
+    """``owner/name@revision``, ``owner/name`` and the revision, which may be empty."""
+    if is_hub(repo):
+        repo = repo.split(":", 1)[1]
+    name, _, revision = repo.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise DownloadError(f"hf-hub:{repo} names no repository, expected hf-hub:owner/name[@revision]")
+    return repo, name, revision
 
 
 def _failed(repo: str, error: Exception) -> DownloadError:

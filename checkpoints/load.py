@@ -176,7 +176,7 @@ def save(state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Ma
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         tensors[key] = value
-    _write_whole(path, lambda part: save_file(tensors, part, {"format": "pt", **(metadata or {})}))
+    write_whole(path, lambda part: save_file(tensors, part, {"format": "pt", **(metadata or {})}))
     return path
 
 
@@ -196,11 +196,11 @@ def save_torch(state: Mapping[str, Tensor], path: str | os.PathLike[str], under:
         raise CheckpointError(f"{path}: there is nothing to save, the state dict is empty")
     # copies: a view would take all of its storage into the file
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    _write_whole(path, lambda part: torch.save({under: tensors} if under else tensors, part))
+    write_whole(path, lambda part: torch.save({under: tensors} if under else tensors, part))
     return path
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a file beside ``path``, then put it in its place in one step."""
     from safetensors import SafetensorError
 

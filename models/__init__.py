@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import biformer, dinat, dinat_s, nat, swin, swin_v2
 from .backbone import Backbone
 from .features import Features
+from .hub import from_pretrained, push_to_hub, save_pretrained
 from .loading import export_state_dict, models_that_fit
 from .registry import create_model, list_models, warn_about_names
 
@@ -22,9 +23,12 @@ __all__ = [
     "dinat",
     "dinat_s",
     "export_state_dict",
+    "from_pretrained",
     "list_models",
     "models_that_fit",
     "nat",
+    "push_to_hub",
+    "save_pretrained",
     "swin",
     "swin_v2",
 ]

@@ -27,7 +27,7 @@ def as_input(path: Path | None, model: Any, size: tuple[int, int] | None) -> tup
     config = dict(timm.data.resolve_model_data_config(model))
     height, width = size or config["input_size"][1:]
     config["input_size"] = (channels, height, width)
-    for key in ("mean", "std"):
+    for key in ("mean", "std"):  # of colours where the configuration is that of the published weights
         given = tuple(config[key])
         config[key] = given if len(given) == channels else (sum(given) / len(given),) * channels
     tensor: Any = timm.data.create_transform(**config)(image.convert(_MODES[channels]))
