@@ -49,6 +49,8 @@ class _File:
 
     def __init__(self, source: str, *, ema: bool) -> None:
         self.path = checkpoints.resolve(source)
+        # not into the cache of downloads
+        self.folder = self.path.parent if Path(source).expanduser().is_file() else Path()
         self.state = checkpoints.read(self.path, ema=ema)
         self.fits = layouts_that_fit(self.state)
         self.header = _header(self.path)
@@ -164,7 +166,7 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
     if to != OURS:
         written = layouts[to].to_theirs(ours)
         _check_way_back(layouts[to].to_ours(written, variant.shapes), ours, to)
-    output = options.output or file.path.with_name(f"{file.path.stem}.{to}.safetensors")
+    output = options.output or file.folder / f"{file.path.stem}.{to}.safetensors"
     if output.resolve() == file.path.resolve():
         raise ValueError(f"{output} is the file that is read: say --output with another name")
     if output.suffix == ".safetensors":
@@ -229,16 +231,17 @@ def verify(options: argparse.Namespace) -> dict[str, Any]:
     file = _File(options.file, ema=options.ema)
     variant = file.variant(options.model)
     name = file.entry.name if file.entry is not None and file.entry.model == variant.name else variant.name
-    size = published_options(file.state, variant.family)
-    model: Any = nearfield.create_model(
-        options.model or name, checkpoint_path=file.path, num_classes=size.get("num_classes", 0)
-    ).eval()
+    options_of_file: dict[str, Any] = {"num_classes": 0, **published_options(file.state, variant.family)}
+    model: Any = nearfield.create_model(options.model or name, **options_of_file).eval()
+    model.load_state_dict(file.state)
     picture, shown = as_input(options.picture, model, options.size)
     layout = file.fits.get(variant.name) or _layout_name(file.state, variant)
     others = [other for other in file.fits if other != variant.name]
     print(f"{file.path}\n  {options.model or name}, layout {layout}; every key and shape fits")
     if others and options.model is None:
         print(f"  it fits these as well, --model NAME chooses: {', '.join(others)}")
+    if file.entry is not None and file.entry.model != variant.name:
+        print(f"  by its name it was published for {file.entry.model}")
     print(f"  picture {shown}, as {'x'.join(map(str, picture.shape[1:]))}")
     out = model(picture)[0]
     if not out.isfinite().all():
@@ -310,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     add(inspect)
     made = add(convert)
     made.add_argument("--to", metavar="LAYOUT", help=f"a layout of the family, or {OURS} (default the other side)")
-    made.add_argument("--output", type=_output, metavar="FILE", help="default FILE.LAYOUT.safetensors beside the input")
+    made.add_argument("--output", type=_output, metavar="FILE", help="default FILE.LAYOUT.safetensors beside FILE")
     made.add_argument("--under", metavar="KEY", help="in a .pth: {KEY: weights}, as the authors' loaders want it")
     made.add_argument("--model", metavar="NAME", help="whose keys they are (default the model that fits)")
     made = add(verify)

@@ -194,6 +194,32 @@ def test_verify_takes_grey_pictures_and_files_without_a_head(run: Run, tmp_path:
     assert "no classifier" in said["text"]
 
 
+def test_averaged_weights_are_taken_when_asked_for(run: Run, swin: Any, tmp_path: Path) -> None:
+    plain, averaged = swin.state_dict(), {key: value * 0.5 for key, value in swin.state_dict().items()}
+    path = tmp_path / "training.pth"
+    torch.save({"model": plain, "model_ema": averaged}, path)
+    one, other = (run("verify", path, "--model", "swin_nano", *more)["top"][0]["p"] for more in ([], ["--ema"]))
+    assert one != other
+
+
+def test_the_file_of_a_twin_is_said(run: Run, monkeypatch: pytest.MonkeyPatch, published: Path) -> None:
+    class Other:
+        file, model, name = published.name, "swin_tiny", "swin_tiny.in1k"
+
+    monkeypatch.setattr(checkpoints, "find", lambda name: Other)
+    assert "published for swin_tiny" in run("verify", published)["text"]
+
+
+def test_what_was_downloaded_is_converted_into_this_folder(
+    run: Run, monkeypatch: pytest.MonkeyPatch, published: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert run("convert", published.as_uri())["output"] == "published.nearfield.safetensors"
+    assert [path.name for path in here.iterdir()] == ["published.nearfield.safetensors"]
+
+
 def test_verify_refuses_weights_that_are_not_finite(
     script: ModuleType, capsys: pytest.CaptureFixture[str], swin: Any, tmp_path: Path
 ) -> None:

@@ -119,7 +119,9 @@ def faster_rcnn(name: str, **options: Any) -> nn.Module:
     return FasterRCNN(
         backbone,
         num_classes=3,
-        rpn_anchor_generator=AnchorGenerator(tuple((8 * 2**i,) for i in range(levels + 1)), ((0.5, 1.0, 2.0),) * 5),
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((8 * 2**i,) for i in range(levels + 1)), ((0.5, 1.0, 2.0),) * (levels + 1)
+        ),
         box_roi_pool=MultiScaleRoIAlign([str(i) for i in range(levels)], output_size=7, sampling_ratio=2),
         min_size=64,
         max_size=128,
