@@ -1,13 +1,13 @@
 """HaloNet (Vaswani et al., CVPR 2021, arXiv 2103.12731), and timm's hybrids of it with convolutions.
 
-A residual network whose 3x3 convolutions are attention: the queries of a block see the keys of that block widened by a
-halo. The bias depends on the query, q . r_y + q . r_x. Keys outside the map are zero keys that take part in the softmax:
-nothing is masked. A stage's first attention may have its queries on a map half as large, which halves the map.
+A residual network whose 3x3 convolutions are attention: the queries of a block see the keys of that block, widened by
+a halo. The bias depends on the query, q . r_y + q . r_x. Keys outside the map are zero keys that take part in the
+softmax: nothing is masked. A stage's first attention may have its queries on every second token, which halves the map.
 
-Nobody published code or weights of the paper's H0 to H7. What their table leaves open is filled in as timm's and others'
-re-implementations have it: ReLU, norm and activation after the attention, 4 heads in the first stage and 8 in the
-others. Their counts of parameters come out as printed when a table has rows for those displacements only that occur,
-and when H3 has 1280 final features; the table gives it 1024, which makes 11.8 M parameters where 12.3 M are printed.
+Nobody published code or weights of the paper's H0 to H7. What its table leaves open is filled in as re-implementations
+have it: ReLU, norm and activation after the attention, 4 heads in the first stage and 8 in the others. The printed
+numbers of parameters come out when a table has rows for those displacements only that occur, and when H3 has 1280 final
+features: with the 1024 that its table gives it would have 11.8 M parameters, not the 12.3 M that are printed.
 """
 
 from __future__ import annotations
