@@ -18,6 +18,8 @@ NAMES = set(
     dinat_nano dinat_mini dinat_tiny dinat_small dinat_base dinat_large dinat_large_384 dinat_large_384_11x11
     dinat_s_tiny dinat_s_small dinat_s_base dinat_s_large dinat_s_large_384
     swin_nano swin_tiny swin_small swin_base swin_large swin_base_384 swin_large_384
+    halonet_nano halo_h0 halo_h1 halo_h2 halo_h3 halo_h4 halo_h5 halo_h6 halo_h7
+    halonet_26t sehalonet_33ts halonet_50ts eca_halonext_26ts halo_regnetz_b
     """.split()  # noqa: SIM905 - read as a table
 )
 
