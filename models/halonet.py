@@ -37,6 +37,15 @@ from .layers import Pair, Size, Stage, per_stage, to_pair
 from .registry import register
 
 
+def every(x: Tensor, stride: int) -> Tensor:
+    """Every ``stride``-th row and column of (B, C, H, W).
+
+    A 1x1 convolution of that stride is one of stride 1 after this. On a CPU, PyTorch 2.11 corrupts memory in the
+    backward pass of the former when a channels-last map has few channels (seen with 8).
+    """
+    return x[:, :, ::stride, ::stride] if stride > 1 else x
+
+
 class ConvNorm(ConvNormAct):
     """timm's convolution, norm and activation, drawn as He et al. do: (B, C, H, W) -> (B, C', H', W')."""
 
@@ -152,9 +161,9 @@ class HaloAttention(nn.Module):
     def _cut(self, block_size: Pair, halo_size: Pair) -> None:
         self.block_size, self.halo_size = block_size, halo_size
         strided = self.stride > 1 and not any(size % self.stride for size in block_size)
-        self.q.stride = (self.stride, self.stride) if strided else (1, 1)
-        self.averaged = self.stride > 1 and not strided
-        self.halo = Halo(block_size, halo_size, "zero", self.q.stride)
+        self.step = self.stride if strided else 1
+        self.averaged = self.stride > self.step
+        self.halo = Halo(block_size, halo_size, "zero", self.step)
 
     def _rows(self, axis: int) -> Pair:
         """Rows of an axis' table that no displacement reaches, and those that one does."""
@@ -179,7 +188,7 @@ class HaloAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim, H, W) -> (B, v_dim, ceil(H/s), ceil(W/s))."""
-        q = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
+        q = self.q(every(x, self.step)).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
         # a head's channels of k and v lie together
         kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
         k, v = kv.split(self.head_dims, -1)
@@ -234,7 +243,8 @@ class Bottleneck(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.shortcut: nn.Module | None = nn.Identity()
         if dim != out_dim or stride > 1:
-            self.shortcut = conv(dim, out_dim, 1, stride=stride, apply_act=False) if project else None
+            self.shortcut = conv(dim, out_dim, 1, apply_act=False) if project else None
+        self.stride = stride
         self.act = nn.Identity() if last_act is None else create_act_layer(last_act, inplace=True)
         self.zero_init = zero_init
         self.reset_parameters()
@@ -252,7 +262,7 @@ class Bottleneck(nn.Module):
             y = self.get_submodule(name)(y)
         y = self.drop_path(self.conv3(y))
         if self.shortcut is not None:
-            y = y + self.shortcut(x)
+            y = y + self.shortcut(every(x, self.stride))
         return self.act(y).permute(0, 2, 3, 1)
 
 
@@ -464,9 +474,9 @@ class HaloRegNetZ(HaloNet):
     )
 
 
-_PAPER = {"num_heads": (4, 8, 8, 8), "spare_rows": False}
+_PAPER = {"img_size": 256, "num_heads": (4, 8, 8, 8), "spare_rows": False}
 # timm's tiered stem of three 3x3 convolutions, and as many channels between blocks as ResNet-50 has
-_HYBRID = {"num_heads": 8, "r_b": 4.0, "stem_dims": (24, 32, 64), "stem_kernel_size": 3}
+_HYBRID = {"img_size": 256, "num_heads": 8, "r_b": 4.0, "stem_dims": (24, 32, 64), "stem_kernel_size": 3}
 
 register(
     __name__,

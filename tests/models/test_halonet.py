@@ -103,7 +103,7 @@ def test_multiply_adds_are_the_published_ones(name: str) -> None:
         others.append(2 * y.numel())
 
     def biased(module: HaloAttention, given: tuple[Tensor], y: Tensor) -> None:
-        queries = given[0][0, 0].numel() // module.q.stride[0] ** 2 * module.num_heads
+        queries = given[0][0, 0].numel() // module.step**2 * module.num_heads
         others.append(queries * (module.rel_y.numel() + module.rel_x.numel()))
 
     for module in model.modules():
@@ -162,7 +162,7 @@ def dense(attn: HaloAttention, x: Tensor) -> Tensor:
     """Halo attention of (B, C, H, W), one query at a time, as the paper and timm have it."""
     (by, bx), (hy, hx) = attn.block_size, attn.halo_size
     H, W = x.shape[2:]
-    stride = attn.q.stride[0]
+    stride = attn.step
     d, dv = attn.head_dims
     q = F.conv2d(x, attn.q.weight, stride=stride).unflatten(1, (attn.num_heads, d))
     kv = F.conv2d(x, attn.kv.weight)
