@@ -147,15 +147,15 @@ class HaloAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self._cut(block_size, halo_size)
         rows = [self._rows(axis) for axis in (0, 1)]
-        self.rel_y = nn.Parameter(torch.empty(sum(rows[0]), head_dim))
-        self.rel_x = nn.Parameter(torch.empty(sum(rows[1]), head_dim))
+        self.rel_pos_bias_y = nn.Parameter(torch.empty(sum(rows[0]), head_dim))
+        self.rel_pos_bias_x = nn.Parameter(torch.empty(sum(rows[1]), head_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw projections (by fan-in) and tables (by the scale of the scores) anew."""
         for conv in (self.q, self.kv):
             trunc_normal_(conv.weight, std=conv.in_channels**-0.5)
-        for table in (self.rel_y, self.rel_x):
+        for table in (self.rel_pos_bias_y, self.rel_pos_bias_x):
             trunc_normal_(table, std=self.head_dims[0] ** -0.5)
 
     def _cut(self, block_size: Pair, halo_size: Pair) -> None:
@@ -174,7 +174,7 @@ class HaloAttention(nn.Module):
         """Change block and halo; the tables are resized to the displacements that then occur."""
         old = [self._rows(axis) for axis in (0, 1)]
         self._cut(block_size, halo_size)
-        for axis, name in enumerate(("rel_y", "rel_x")):
+        for axis, name in enumerate(("rel_pos_bias_y", "rel_pos_bias_x")):
             table, new = getattr(self, name), self._rows(axis)
             if new != old[axis]:
                 with torch.no_grad():
@@ -197,7 +197,7 @@ class HaloAttention(nn.Module):
             k,
             v,
             self.halo,
-            bias=(self._table(self.rel_y, 0), self._table(self.rel_x, 1)),
+            bias=(self._table(self.rel_pos_bias_y, 0), self._table(self.rel_pos_bias_x, 1)),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         x = x.flatten(3).permute(0, 3, 1, 2)
@@ -273,8 +273,8 @@ def _timm(*stem: Rule) -> Layout:
         "conv1_1x1.{rest}": "conv1.{rest}",
         "conv2_kxk.{rest}": "conv2.{rest}",
         "attn.{rest}": "gate.{rest}",
-        "self_attn.pos_embed.height_rel": "attn.rel_y",
-        "self_attn.pos_embed.width_rel": "attn.rel_x",
+        "self_attn.pos_embed.height_rel": "attn.rel_pos_bias_y",
+        "self_attn.pos_embed.width_rel": "attn.rel_pos_bias_x",
         "self_attn.{rest}": "attn.{rest}",
         "post_attn.{rest}": "norm.{rest}",
         "conv3_1x1.{rest}": "conv3.{rest}",
@@ -439,7 +439,7 @@ class HaloNet(Backbone):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay besides norms and biases: the position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith((".rel_y", ".rel_x"))}
+        return {name for name, _ in self.named_parameters() if name.endswith((".rel_pos_bias_y", ".rel_pos_bias_x"))}
 
     def _resize_attention(
         self,
@@ -490,10 +490,11 @@ register(
             "stem_stride": 2,
             "embed_dim": 32,
             "depths": (2, 2, 2),
+            "attention": ((), (0, 1), (0, 1)),
             "num_heads": (2, 4, 4),
             "block_size": 4,
             "halo_size": 1,
-            "num_features": 128,
+            "num_features": 112,
             "spare_rows": False,
         },
         "halo_h0": {**_PAPER, "depths": (3, 3, 7, 3), "r_b": 0.5},

@@ -56,19 +56,20 @@ def test_eval_takes_every_option_of_its_groups(group: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_a_full_recipe_with_its_source(name: str) -> None:
     text = (door.CONFIGS / "experiment" / f"{name}.yaml").read_text()
-    assert "# Source: github.com/" in text
+    assert "# Source: github.com/" in text or "# Source: arxiv.org/abs/" in text
     config = door.compose("train", TrainConfig, [f"+experiment={name}"])
     assert config.model.name in list_models()
     assert config.model.name == name.removesuffix("_imagenet").removesuffix("_finetune")
     assert config.model.drop_path_rate is not None
     assert config.data.name == "folder"
-    assert config.trainer.epochs in (30, 300)
-    assert config.optim.lr_base_size in (512, 1024)
+    assert config.trainer.epochs in (30, 300, 350)
+    assert config.optim.lr_base_size in (256, 512, 1024)
 
 
 def test_the_experiments_are_those_that_were_promised() -> None:
     wanted = {f"{family}_{size}_imagenet" for family in ("nat", "dinat") for size in ("mini", "tiny", "small", "base")}
     wanted |= {f"{family}_{size}_imagenet" for family in ("dinat_s", "swin") for size in ("tiny", "small", "base")}
+    wanted |= {"halo_h1_imagenet"}
     assert wanted | {"dinat_large_384_finetune", "swin_base_384_finetune"} == set(EXPERIMENTS)
 
 

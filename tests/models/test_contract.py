@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 MODELS = nearfield.list_models()
 NANO = [name for name in MODELS if name.endswith("_nano")]
-TABLES = ("rel_pos_bias", "attn.rel_y", "attn.rel_x")
+TABLES = ("rel_pos_bias", "rel_pos_bias_y", "rel_pos_bias_x")
 every_model = pytest.mark.parametrize("name", MODELS)
 
 Small = Callable[..., Backbone]

@@ -62,7 +62,7 @@ def attentions(model: nn.Module) -> list[HaloAttention]:
 def randomised(model: nn.Module) -> nn.Module:
     """Weights and statistics that make every branch, table and norm of a trained network matter."""
     for key, value in model.state_dict().items():
-        if key.endswith(("_rel", "rel_y", "rel_x")):
+        if key.endswith(("_rel", "rel_pos_bias_y", "rel_pos_bias_x")):
             value.normal_()
         elif key.endswith("running_var"):
             value.uniform_(0.5, 1.5)
@@ -104,7 +104,7 @@ def test_multiply_adds_are_the_published_ones(name: str) -> None:
 
     def biased(module: HaloAttention, given: tuple[Tensor], y: Tensor) -> None:
         queries = given[0][0, 0].numel() // module.step**2 * module.num_heads
-        others.append(queries * (module.rel_y.numel() + module.rel_x.numel()))
+        others.append(queries * (module.rel_pos_bias_y.numel() + module.rel_pos_bias_x.numel()))
 
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -141,7 +141,7 @@ def test_the_papers_models_are_attention_throughout(
     assert all(attn.block_size == (block, block) and attn.halo_size == (halo, halo) for attn in inner)
     assert all(attn.kv.out_channels - attn.q.out_channels == values * attn.q.in_channels for attn in inner)
     assert [attn.stride for attn in inner].count(2) == 3
-    assert {tuple(attn.rel_y.shape) for attn in attentions(model.stages[0])} == {(2 * (block + halo) - 1, 16)}
+    assert {tuple(attn.rel_pos_bias_y.shape) for attn in attentions(model.stages[0])} == {(2 * (block + halo) - 1, 16)}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_papers_models_are_attention_throughout(
     ],
 )
 def test_the_hybrids_have_attention_where_timms_have_it(name: str, blocks: list[str]) -> None:
-    keys = [key.split(".") for key, _ in on_meta(name).named_parameters() if key.endswith("attn.rel_y")]
+    keys = [key.split(".") for key, _ in on_meta(name).named_parameters() if key.endswith("attn.rel_pos_bias_y")]
     assert [f"{key[1]}.{key[3]}" for key in keys] == blocks
 
 
@@ -169,7 +169,9 @@ def dense(attn: HaloAttention, x: Tensor) -> Tensor:
     # to whole blocks, then the halo: zero keys that no mask removes
     kv = F.pad(kv, (hx, -W % bx + hx, hy, -H % by + hy)).unflatten(1, (attn.num_heads, d + dv))
     wy, wx = by + 2 * hy, bx + 2 * hx
-    rel_y, rel_x = (F.pad(t, (0, 0, 2 * w - 1 - len(t), 0)) for t, w in ((attn.rel_y, wy), (attn.rel_x, wx)))
+    rel_y, rel_x = (
+        F.pad(t, (0, 0, 2 * w - 1 - len(t), 0)) for t, w in ((attn.rel_pos_bias_y, wy), (attn.rel_pos_bias_x, wx))
+    )
     out = x.new_zeros(len(x), attn.num_heads * dv, *q.shape[3:])
     for i in range(q.shape[3]):
         for j in range(q.shape[4]):
@@ -210,39 +212,46 @@ def test_a_block_that_two_does_not_divide_is_averaged() -> None:
 def test_rows_that_no_displacement_reaches_change_nothing() -> None:
     full = HaloAttention(6, 12, 3, 4, (4, 4), (2, 1))
     least = HaloAttention(6, 12, 3, 4, (4, 4), (2, 1), spare_rows=False)
-    assert [len(full.rel_y), len(full.rel_x), len(least.rel_y), len(least.rel_x)] == [15, 11, 11, 9]
+    assert [
+        len(full.rel_pos_bias_y),
+        len(full.rel_pos_bias_x),
+        len(least.rel_pos_bias_y),
+        len(least.rel_pos_bias_x),
+    ] == [15, 11, 11, 9]
     state = full.state_dict()
-    least.load_state_dict({**state, "rel_y": state["rel_y"][4:], "rel_x": state["rel_x"][2:]})
+    least.load_state_dict(
+        {**state, "rel_pos_bias_y": state["rel_pos_bias_y"][4:], "rel_pos_bias_x": state["rel_pos_bias_x"][2:]}
+    )
     x = torch.randn(2, 6, 9, 10)
     assert torch.equal(full(x), least(x))
     full(x).square().sum().backward()
-    assert full.rel_y.grad is not None
+    assert full.rel_pos_bias_y.grad is not None
     # weights of masked pairs may be as large as 1e-26
-    assert full.rel_y.grad[:4].abs().max() < 1e-20
-    assert full.rel_y.grad[4:].abs().amax(1).min() > 1e-3
+    assert full.rel_pos_bias_y.grad[:4].abs().max() < 1e-20
+    assert full.rel_pos_bias_y.grad[4:].abs().amax(1).min() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["halo_h1", "halonet_26t", "halo_regnetz_b"])
 def test_set_input_size_resizes_the_tables_about_displacement_zero(name: str, small: Small) -> None:
     model = small(name)
     attn = attentions(model)[0]
-    attn.rel_x.requires_grad_(False)
+    attn.rel_pos_bias_x.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     old = 2 * (attn.block_size[0] + attn.halo_size[0]) - 1
-    centre, rim = attn.rel_y[-old:][old // 2].clone(), attn.rel_y[-1].clone()
+    centre, rim = attn.rel_pos_bias_y[-old:][old // 2].clone(), attn.rel_pos_bias_y[-1].clone()
     model.set_input_size(img_size=(96, 160), block_size=(5, 6), halo_size=4)
     assert model.img_size == (96, 160)
     assert {(a.block_size, a.halo_size, a.halo.block) for a in attentions(model)} == {((5, 6), (4, 4), (5, 6))}
     attn = attentions(model)[0]
     spare = 8 if attn.spare_rows else 0
-    assert [len(attn.rel_y), len(attn.rel_x)] == [17 + spare, 19 + spare]
-    torch.testing.assert_close(attn.rel_y[spare + 8], centre)
-    torch.testing.assert_close(attn.rel_y[-1], rim)
-    assert not attn.rel_x.requires_grad
-    assert attn.rel_y.requires_grad
+    assert [len(attn.rel_pos_bias_y), len(attn.rel_pos_bias_x)] == [17 + spare, 19 + spare]
+    torch.testing.assert_close(attn.rel_pos_bias_y[spare + 8], centre)
+    torch.testing.assert_close(attn.rel_pos_bias_y[-1], rim)
+    assert not attn.rel_pos_bias_x.requires_grad
+    assert attn.rel_pos_bias_y.requires_grad
     changed = {key for key, value in model.state_dict().items() if value.shape != before[key].shape}
     assert changed
-    assert all(key.endswith((".rel_y", ".rel_x")) for key in changed)
+    assert all(key.endswith((".rel_pos_bias_y", ".rel_pos_bias_x")) for key in changed)
     assert model(torch.randn(1, 3, 45, 61)).shape == (1, 7)
 
 
@@ -293,6 +302,6 @@ def test_branches_begin_at_zero_and_heads_can_be_reset() -> None:
     model.init_weights()
     assert not torch.equal(model.stem.conv1.conv.weight, before)
     assert all(block.conv3.bn.weight.abs().max() == 0 for stage in model.stages for block in stage.blocks)
-    assert model.num_features == model.head.fc.in_features == 128
+    assert model.num_features == model.head.fc.in_features == 112
     assert model.prune_intermediate_layers([2], prune_norm=True) == [2]
     assert model.num_features == model.feature_info[2]["num_chs"] == model(x).shape[-1]
