@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from nearfield.models import Backbone, export_state_dict
+from nearfield.models import Backbone, export_state_dict, models_that_fit
 from nearfield.models.halonet import HaloAttention, HaloNet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -86,6 +86,26 @@ def test_weights_of_timms_own_model_give_timms_maps_and_logits(name: str) -> Non
     again = export_state_dict(ours, "timm")
     assert again.keys() == theirs.state_dict().keys()
     assert all(torch.equal(again[key], value) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_a_file_of_timms_is_recognised_for_what_it_is(name: str) -> None:
+    with torch.device("meta"):
+        state = timm.create_model(TIMM[name], num_classes=3, in_chans=1).state_dict()
+    assert models_that_fit(state) == [name]
+
+
+@pytest.mark.parametrize("size", [(224, 224), (256, 320), (250, 333)])
+def test_sizes_that_timm_refuses_are_padded_inside(size: tuple[int, int]) -> None:
+    with torch.inference_mode():
+        model = nearfield.create_model("halonet_26t", zero_init=False).eval()
+        x = torch.randn(1, 3, *size)
+        attn = model.stages[2].blocks[1].attn
+        maps = model.forward_intermediates(x, [1, 2], stop_early=True, intermediates_only=True)
+        assert [tuple(y.shape[2:]) for y in maps] == [tuple(-(-side // r) for side in size) for r in (8, 16)]
+        y = model.stages[2].blocks[0](maps[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = model.stages[2].blocks[1].conv1(y)
+        torch.testing.assert_close(attn(y), dense(attn, y), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MILLIONS)
@@ -272,7 +292,7 @@ def test_set_input_size_changes_nothing_when_refused(small: Small) -> None:
 def test_pruned_features_take_another_block() -> None:
     features = nearfield.create_model("halonet_nano", features_only=True, out_indices=(0, 1))
     features.set_input_size(img_size=64, block_size=(4, 8, 4))
-    assert [a.block_size for a in attentions(features)] == [(4, 4), (4, 4), (8, 8), (8, 8)]
+    assert [a.block_size for a in attentions(features)] == [(8, 8), (8, 8)]
     assert [y.shape[-1] for y in features(torch.randn(1, 3, 64, 64))] == [32, 16]
 
 
