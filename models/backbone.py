@@ -217,7 +217,10 @@ class Backbone(LoadsPublished):
         shortened = last < len(self.stages) - 1
         if prune_norm or shortened:
             self.norm = nn.Identity()
-            self.num_features = self.feature_info[last]["num_chs"]
+            channels = self.feature_info[last]["num_chs"]
+            # a classifier for other channels cannot stay
+            prune_head = prune_head or channels != self.num_features
+            self.num_features = channels
         self.stages = self.stages[: last + 1]
         if prune_head or shortened:
             self.reset_classifier(0, "")

@@ -297,9 +297,11 @@ def test_compiles_as_one_graph(name: str, backend: str) -> None:
     torch._dynamo.reset()
     model, x = randomise(nearfield.create_model(name, num_classes=10)), image(36, 44)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    y, z = model(x), compiled(x)
-    torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
+    y = model(x)
+    # before the second pass, which moves the statistics of batch norms
     expected = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    z = compiled(x)
+    torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
     got = torch.autograd.grad(z.square().sum(), list(model.parameters()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

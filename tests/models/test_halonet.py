@@ -323,5 +323,5 @@ def test_branches_begin_at_zero_and_heads_can_be_reset() -> None:
     assert not torch.equal(model.stem.conv1.conv.weight, before)
     assert all(block.conv3.bn.weight.abs().max() == 0 for stage in model.stages for block in stage.blocks)
     assert model.num_features == model.head.fc.in_features == 112
-    assert model.prune_intermediate_layers([2], prune_norm=True) == [2]
+    assert model.prune_intermediate_layers([2], prune_norm=True, prune_head=False) == [2]
     assert model.num_features == model.feature_info[2]["num_chs"] == model(x).shape[-1]
