@@ -35,6 +35,7 @@ class Backbone(LoadsPublished):
         global_pool: pooling of timm's ClassifierHead (``avg``, ``max``, ``avgmax``, ``catavgmax``, ``""``).
         drop_rate: dropout before the classifier.
         norm_layer: makes the final norm.
+        num_features: channels after the final norm where it changes them, None for dims[-1].
 
     Class attributes, set by the families: ``layouts`` (published layouts) and ``first_conv`` (name of the first
     convolution).
@@ -65,19 +66,20 @@ class Backbone(LoadsPublished):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.LayerNorm,
+        num_features: int | None = None,
     ) -> None:
         super().__init__()
         self.img_size = to_pair("img_size", img_size)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
-        self.num_features = dims[-1]
+        self.num_features = num_features or dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
         self.stem = stem
         self.stages = nn.ModuleList(stages)
-        self.norm = norm_layer(self.num_features)
+        self.norm = norm_layer(dims[-1])
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
@@ -215,9 +217,11 @@ class Backbone(LoadsPublished):
         shortened = last < len(self.stages) - 1
         if prune_norm or shortened:
             self.norm = nn.Identity()
+            channels = self.feature_info[last]["num_chs"]
+            # a classifier for other channels cannot stay
+            prune_head = prune_head or channels != self.num_features
+            self.num_features = channels
         self.stages = self.stages[: last + 1]
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return wanted

@@ -22,6 +22,8 @@ NAMES = set(
     swinv2_nano swinv2_tiny_window8 swinv2_tiny_window16 swinv2_small_window8 swinv2_small_window16
     swinv2_base_window8 swinv2_base_window16 swinv2_base_window16_22k swinv2_base_window24_22k
     swinv2_large_window16_22k swinv2_large_window24_22k
+    halonet_nano halo_h0 halo_h1 halo_h2 halo_h3 halo_h4 halo_h5 halo_h6 halo_h7
+    halonet_26t sehalonet_33ts halonet_50ts eca_halonext_26ts halo_regnetz_b
     """.split()  # noqa: SIM905 - read as a table
 )
 
