@@ -6,7 +6,7 @@ such a file and import it here.
 
 from __future__ import annotations
 
-from . import dinat, dinat_s, nat, swin
+from . import dinat, dinat_s, hnt, hwt, nat, swin
 from .backbone import Backbone
 from .features import Features
 from .loading import export_state_dict, models_that_fit
@@ -21,6 +21,8 @@ __all__ = [
     "dinat",
     "dinat_s",
     "export_state_dict",
+    "hnt",
+    "hwt",
     "list_models",
     "models_that_fit",
     "nat",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
 from .. import checkpoints
@@ -94,6 +94,8 @@ def _cfgs(name: str, family: type[Backbone], kwargs: Mapping[str, Any]) -> dict[
 def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         own = "feature_cls" not in kwargs
+        if pretrained:
+            kwargs = _with_file(variant.name, kwargs)
         return build_model_with_cfg(
             variant.family,
             variant.name,
@@ -110,6 +112,20 @@ def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Modul
         f"{variant.family.__name__}: {', '.join(f'{key}={value}' for key, value in variant.kwargs.items())}."
     )
     return create
+
+
+def _with_file(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for timm with the local file of a row whose URL does not end in its name, as timm's cache needs it to.
+
+    Such a file is fetched here, and only if timm would fetch it.
+    """
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay).to_dict()
+    entry = None if cfg.get("file") or cfg.get("state_dict") else checkpoints.find(cfg.get("url") or "")
+    if entry is None or entry.page is None:
+        return kwargs
+    path = checkpoints.resolve(entry.name, cache_dir=kwargs.get("cache_dir"))
+    return {**kwargs, "pretrained_cfg_overlay": {**overlay, "file": str(path)}}
 
 
 def create_model(

@@ -17,6 +17,7 @@ MODELS = [
     *(f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large", "large_384", "large_384_11x11")),
     *(f"dinat_s_{size}" for size in ("tiny", "small", "base", "large", "large_384")),
     *(f"swin_{size}" for size in ("tiny", "small", "base", "large", "base_384", "large_384")),
+    *("hwt_tiny", "hwt_tiny_256", "hnt_mini", "hnt_tiny"),
 ]
 ROWS = entries()
 
@@ -48,9 +49,9 @@ def test_rows_are_consistent(row: object) -> None:
     if row.url:
         parts = urlsplit(row.url)
         assert parts.scheme == "https"
-        assert parts.path.rsplit("/", 1)[-1] == row.file
-        assert not parts.query
-    assert row.layout in ("shi-labs", "microsoft", "timm")
+        # a host that names no files has a page for people
+        assert (parts.path.rsplit("/", 1)[-1] == row.file and not parts.query) == (row.page is None)
+    assert row.layout in ("shi-labs", "microsoft", "timm", "hilbert")
     assert row.licence == "MIT"
     assert row.source
     assert re.fullmatch(r"[a-z0-9_]+", row.tag)
@@ -58,7 +59,8 @@ def test_rows_are_consistent(row: object) -> None:
     assert row.top1 is None or 80 < row.top1 < 90
     assert (row.top1 is not None) == (row.num_classes == 1000)
     assert row.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", row.sha256)
-    assert row.input_size == (3, *[384 if "384" in row.model and "interp" not in row.file else 224] * 2)
+    side = next((side for side in (256, 384) if str(side) in row.model and "interp" not in row.file), 224)
+    assert row.input_size == (3, side, side)
     assert row.crop_pct == (1.0 if row.input_size[1] == 384 else 0.9 if row.layout == "timm" else 0.875)
     assert row.crop_mode == ("squash" if row.layout == "microsoft" and row.input_size[1] == 384 else "center")
     assert row.interpolation == "bicubic"
@@ -106,6 +108,8 @@ def test_swin_rows_are_those_that_timm_knows() -> None:
         ("swin_large", "swin_large.ms_in22k_ft_in1k"),
         ("hf-hub:timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
         ("timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
+        ("hwt_tiny_256.pth", "hwt_tiny_256.in1k"),
+        ("https://drive.google.com/file/d/1HrUmo-Tsk7J5bq2KBtdzw1cXzlZuvS_V/view?usp=sharing", "hnt_mini.in1k"),
     ],
 )
 def test_rows_are_found_by_every_name(text: str, name: str) -> None:

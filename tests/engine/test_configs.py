@@ -69,6 +69,7 @@ def test_an_experiment_is_a_full_recipe_with_its_source(name: str) -> None:
 def test_the_experiments_are_those_that_were_promised() -> None:
     wanted = {f"{family}_{size}_imagenet" for family in ("nat", "dinat") for size in ("mini", "tiny", "small", "base")}
     wanted |= {f"{family}_{size}_imagenet" for family in ("dinat_s", "swin") for size in ("tiny", "small", "base")}
+    wanted |= {f"{name}_imagenet" for name in ("hwt_tiny", "hwt_tiny_256", "hnt_mini", "hnt_tiny")}
     assert wanted | {"dinat_large_384_finetune", "swin_base_384_finetune"} == set(EXPERIMENTS)
 
 

@@ -18,6 +18,8 @@ NAMES = set(
     dinat_nano dinat_mini dinat_tiny dinat_small dinat_base dinat_large dinat_large_384 dinat_large_384_11x11
     dinat_s_tiny dinat_s_small dinat_s_base dinat_s_large dinat_s_large_384
     swin_nano swin_tiny swin_small swin_base swin_large swin_base_384 swin_large_384
+    hwt_nano hwt_tiny hwt_small hwt_base hwt_tiny_256 hwt_small_256 hwt_base_256
+    hnt_nano hnt_mini hnt_tiny hnt_small hnt_base
     """.split()  # noqa: SIM905 - read as a table
 )
 
