@@ -20,8 +20,11 @@ from .nat import NAT
 from .registry import register
 from .transformer import LocalTransformer
 
-# torch.compile does not trace the drawing of a curve
-_order = torch.compiler.assume_constant_result(hilbert_order)
+
+@torch.compiler.assume_constant_result  # the drawing of a curve is not traced
+def _order(height: int, width: int) -> Tensor:
+    """Raster index of the token at each place of the curve."""
+    return hilbert_order(height, width)
 
 
 class HilbertNeighborhoodAttention(LocalAttention):

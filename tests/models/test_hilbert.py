@@ -100,6 +100,14 @@ def test_neighborhoods_on_the_curve_pad_a_short_one_at_its_end(size: tuple[int, 
     torch.testing.assert_close(attn(x), out[:, order.argsort()].unflatten(1, size))
 
 
+def test_short_curves_compile_and_export() -> None:
+    model, x = nearfield.create_model("hnt_nano", kernel_size=49, num_classes=5).eval(), torch.randn(1, 3, 40, 44)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
 @pytest.mark.parametrize("name", ["hwt_tiny", "hwt_nano"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 160), (75, 33), (32, 200)])
 def test_another_image_size_gives_what_resized_tables_give(name: str, size: tuple[int, int], small: Small) -> None:
