@@ -52,7 +52,7 @@ class HilbertNeighborhoodAttention(LocalAttention):
         """The same for every map."""
         return self.neighborhood
 
-    def bias(self, height: int, width: int) -> Tensor:
+    def position_bias(self, height: int, width: int) -> Tensor:
         """The table as the operator takes it, (heads, 2 * kernel_size - 1)."""
         return self.rel_pos_bias.squeeze(1)
 

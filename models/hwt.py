@@ -59,7 +59,7 @@ class HilbertWindowAttention(LocalAttention):
         """Windows of at most the square of the map's shorter side."""
         return self.windows[min(height, width, self.window_size + 1) - 1]
 
-    def bias(self, height: int, width: int) -> Tensor:
+    def position_bias(self, height: int, width: int) -> Tensor:
         """The table at the map's own size."""
         return resize_table(self.rel_pos_bias, (2 * height - 1, 2 * width - 1))
 

@@ -175,7 +175,7 @@ class LocalAttention(nn.Module):
         """Pattern for a (padded) map."""
         raise NotImplementedError
 
-    def bias(self, height: int, width: int) -> Tensor:
+    def position_bias(self, height: int, width: int) -> Tensor:
         """Bias of ``pattern`` for a (padded) map: the table, unless a family derives it."""
         return self.rel_pos_bias
 
@@ -189,7 +189,7 @@ class LocalAttention(nn.Module):
             None,
             None,
             self.pattern(height, width),
-            bias=self.bias(height, width),
+            bias=self.position_bias(height, width),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return self.proj_drop(self.proj(x[:, :H, :W].flatten(3)))
