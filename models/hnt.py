@@ -22,9 +22,9 @@ from .transformer import LocalTransformer
 
 
 @torch.compiler.assume_constant_result  # the drawing of a curve is not traced
-def _order(height: int, width: int) -> Tensor:
+def _order(height: int, width: int) -> tuple[int, ...]:
     """Raster index of the token at each place of the curve."""
-    return hilbert_order(height, width)
+    return tuple(hilbert_order(height, width).tolist())
 
 
 class HilbertNeighborhoodAttention(LocalAttention):
@@ -62,7 +62,8 @@ class HilbertNeighborhoodAttention(LocalAttention):
         if self.kernel_size <= H * W:
             return super().forward(x)
         # on a map of one row the curve is the row
-        order = _order(H, W).to(x.device)
+        sides = tuple(range(self.kernel_size))  # a compiled graph's symbolic side becomes a number by indexing
+        order = torch.tensor(_order(sides[H], sides[W]), device=x.device)
         row = pad_map(x.flatten(1, 2)[:, order].unsqueeze(1), 1, self.kernel_size)
         return super().forward(row)[:, 0, order.argsort()].unflatten(1, (H, W))
 
