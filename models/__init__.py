@@ -6,7 +6,7 @@ such a file and import it here.
 
 from __future__ import annotations
 
-from . import biformer, dinat, dinat_s, halonet, nat, swin, swin_v2
+from . import biformer, dinat, dinat_s, halonet, hnt, hwt, nat, swin, swin_v2
 from .backbone import Backbone
 from .features import Features
 from .loading import export_state_dict, models_that_fit
@@ -23,6 +23,8 @@ __all__ = [
     "dinat_s",
     "export_state_dict",
     "halonet",
+    "hnt",
+    "hwt",
     "list_models",
     "models_that_fit",
     "nat",

@@ -178,6 +178,10 @@ class LocalAttention(nn.Module):
         """Pattern for a (padded) map."""
         raise NotImplementedError
 
+    def position_bias(self, height: int, width: int) -> Tensor:
+        """Bias of ``pattern`` for a (padded) map: the table, unless a family derives it."""
+        return self.rel_pos_bias
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         H, W = x.shape[1:3]
@@ -188,7 +192,7 @@ class LocalAttention(nn.Module):
             None,
             None,
             self.pattern(height, width),
-            bias=self.rel_pos_bias,
+            bias=self.position_bias(height, width),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return self.proj_drop(self.proj(x[:, :H, :W].flatten(3)))

@@ -29,6 +29,7 @@ MODELS = [
     *(f"swinv2_{size}_window{window}" for size in ("tiny", "small", "base") for window in (8, 16)),
     *(f"swinv2_{size}_window{window}_22k" for size in ("base", "large") for window in (16, 24)),
     *HALO,
+    *("hwt_tiny", "hwt_tiny_256", "hnt_mini", "hnt_tiny"),
 ]
 # published for what they were pre-trained on alone
 PRETRAINED = ["swinv2_base_window12_22k", "swinv2_large_window12_22k"]
@@ -62,9 +63,10 @@ def test_rows_are_consistent(row: object) -> None:
     if row.url:
         parts = urlsplit(row.url)
         assert parts.scheme == "https"
-        assert parts.path.rsplit("/", 1)[-1] == (row.file if parts.hostname != "api.onedrive.com" else "content")
-        assert not parts.query
-    assert row.layout in ("shi-labs", "microsoft", "timm", "rayleizhu")
+        # a host that names no files has a page for people, but for shares that nobody serves any more
+        direct = parts.path.rsplit("/", 1)[-1] == row.file and not parts.query
+        assert direct == (row.page is None and parts.hostname != "api.onedrive.com")
+    assert row.layout in ("shi-labs", "microsoft", "timm", "rayleizhu", "hilbert")
     assert row.licence == ("Apache-2.0" if row.model in HALO else "MIT")
     assert row.source
     assert re.fullmatch(r"[a-z0-9_]+", row.tag)
@@ -74,7 +76,7 @@ def test_rows_are_consistent(row: object) -> None:
     assert row.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", row.sha256)
     if row.model in HALO:  # compared with timm below
         return
-    side = 384 if "384" in row.model and "interp" not in row.file else 224
+    side = next((side for side in (256, 384) if str(side) in row.model and "interp" not in row.file), 224)
     if row.model.startswith("swinv2"):
         side = 192 if "window12" in row.model else 384 if "window24" in row.model else 256
     assert row.input_size == (3, side, side)
@@ -140,6 +142,8 @@ def test_halo_rows_are_those_that_timm_knows(row: object) -> None:
         ("swinv2_base_patch4_window12_192_22k.pth", "swinv2_base_window12_22k.ms_in22k"),
         ("hf-hub:timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
         ("timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
+        ("hwt_tiny_256.pth", "hwt_tiny_256.in1k"),
+        ("https://drive.google.com/file/d/1HrUmo-Tsk7J5bq2KBtdzw1cXzlZuvS_V/view?usp=sharing", "hnt_mini.in1k"),
     ],
 )
 def test_rows_are_found_by_every_name(text: str, name: str) -> None:

@@ -73,6 +73,7 @@ def test_the_experiments_are_those_that_were_promised() -> None:
     wanted |= {f"swinv2_{size}_window{n}_22k_finetune" for size in ("base", "large") for n in (16, 24)}
     wanted |= {f"biformer_{size}_imagenet" for size in ("tiny", "small", "stl", "stl_nchw")}
     wanted |= {"halo_h1_imagenet"}
+    wanted |= {f"{name}_imagenet" for name in ("hwt_tiny", "hwt_tiny_256", "hnt_mini", "hnt_tiny")}
     assert wanted | {"dinat_large_384_finetune", "swin_base_384_finetune"} == set(EXPERIMENTS)
 
 

@@ -24,6 +24,8 @@ NAMES = set(
     swinv2_large_window16_22k swinv2_large_window24_22k
     halonet_nano halo_h0 halo_h1 halo_h2 halo_h3 halo_h4 halo_h5 halo_h6 halo_h7
     halonet_26t sehalonet_33ts halonet_50ts eca_halonext_26ts halo_regnetz_b
+    hwt_nano hwt_tiny hwt_small hwt_base hwt_tiny_256 hwt_small_256 hwt_base_256
+    hnt_nano hnt_mini hnt_tiny hnt_small hnt_base
     """.split()  # noqa: SIM905 - read as a table
 )
 
