@@ -6,7 +6,7 @@ such a file and import it here.
 
 from __future__ import annotations
 
-from . import dinat, dinat_s, nat, swin
+from . import dinat, dinat_s, maxvit, nat, swin
 from .backbone import Backbone
 from .features import Features
 from .loading import export_state_dict, models_that_fit
@@ -22,6 +22,7 @@ __all__ = [
     "dinat_s",
     "export_state_dict",
     "list_models",
+    "maxvit",
     "models_that_fit",
     "nat",
     "swin",

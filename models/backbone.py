@@ -35,6 +35,7 @@ class Backbone(LoadsPublished):
         global_pool: pooling of timm's ClassifierHead (``avg``, ``max``, ``avgmax``, ``catavgmax``, ``""``).
         drop_rate: dropout before the classifier.
         norm_layer: makes the final norm.
+        head: a head of the family's own, in place of the final norm and timm's ClassifierHead.
 
     Class attributes, set by the families: ``layouts`` (published layouts) and ``first_conv`` (name of the first
     convolution).
@@ -65,6 +66,7 @@ class Backbone(LoadsPublished):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.LayerNorm,
+        head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.img_size = to_pair("img_size", img_size)
@@ -77,8 +79,8 @@ class Backbone(LoadsPublished):
         ]
         self.stem = stem
         self.stages = nn.ModuleList(stages)
-        self.norm = norm_layer(self.num_features)
-        self.head = ClassifierHead(
+        self.norm = norm_layer(self.num_features) if head is None else nn.Identity()
+        self.head: Any = head or ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
         self.head_hidden_size = self.head.num_features

@@ -167,6 +167,10 @@ class LocalAttention(nn.Module):
                 table = resize_table(self.rel_pos_bias, size)
             self.rel_pos_bias = nn.Parameter(table, requires_grad=self.rel_pos_bias.requires_grad)
 
+    def position_bias(self) -> Tensor:
+        """The table that the operator adds to the scores."""
+        return self.rel_pos_bias
+
     def padded(self, height: int, width: int) -> Pair:
         """Size to which a map is padded before attention."""
         return height, width
@@ -185,7 +189,7 @@ class LocalAttention(nn.Module):
             None,
             None,
             self.pattern(height, width),
-            bias=self.rel_pos_bias,
+            bias=self.position_bias(),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return self.proj_drop(self.proj(x[:, :H, :W].flatten(3)))
@@ -202,6 +206,7 @@ class Block(nn.Module):
         proj_drop: dropout in the MLP.
         drop_path: probability of dropping a branch for a sample.
         norm_layer: makes a norm for a number of channels.
+        act_layer: activation of the MLP.
     """
 
     def __init__(
@@ -213,6 +218,7 @@ class Block(nn.Module):
         proj_drop: float,
         drop_path: float,
         norm_layer: NormLayer,
+        act_layer: type[nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
 
@@ -227,7 +233,7 @@ class Block(nn.Module):
         self.ls1 = scale()
         self.drop_path1 = drop()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop)
         self.ls2 = scale()
         self.drop_path2 = drop()
 

@@ -17,7 +17,12 @@ MODELS = [
     *(f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large", "large_384", "large_384_11x11")),
     *(f"dinat_s_{size}" for size in ("tiny", "small", "base", "large", "large_384")),
     *(f"swin_{size}" for size in ("tiny", "small", "base", "large", "base_384", "large_384")),
+    *(f"maxvit_{size}{suffix}" for size in ("tiny", "small", "base", "large") for suffix in ("", "_384", "_512")),
+    *("maxvit_xlarge_384", "maxvit_xlarge_512", "maxvit_nano_rw", "maxvit_tiny_rw"),
+    *(f"maxvit_rmlp_{size}_rw" for size in ("pico", "nano", "tiny", "small", "base", "base_384")),
 ]
+# published without a classifier of ImageNet-1k
+PRETRAINED = ["maxvit_xlarge"]
 ROWS = entries()
 
 
@@ -27,11 +32,11 @@ def test_every_model_has_a_default_for_imagenet_1k(model: str) -> None:
     assert find(model) is default
     assert default.num_classes == 1000
     assert default.top1 is not None
-    assert default.url is not None
+    assert default.url or default.hub
 
 
 def test_no_other_models_are_in_the_index() -> None:
-    assert {row.model for row in ROWS} == set(MODELS)
+    assert {row.model for row in ROWS} == {*MODELS, *PRETRAINED}
     assert entries("nat_nano") == []
 
 
@@ -51,17 +56,19 @@ def test_rows_are_consistent(row: object) -> None:
         assert parts.path.rsplit("/", 1)[-1] == row.file
         assert not parts.query
     assert row.layout in ("shi-labs", "microsoft", "timm")
-    assert row.licence == "MIT"
+    assert row.licence in ("MIT", "Apache-2.0")
     assert row.source
     assert re.fullmatch(r"[a-z0-9_]+", row.tag)
-    assert row.num_classes in (None, 1000, 21841)
+    assert row.num_classes in (None, 1000, 11821, 21841, 21843)
     assert row.top1 is None or 80 < row.top1 < 90
     assert (row.top1 is not None) == (row.num_classes == 1000)
     assert row.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", row.sha256)
+    assert row.interpolation == "bicubic"
+    if row.model.startswith("maxvit_"):
+        return  # compared with timm's own settings below
     assert row.input_size == (3, *[384 if "384" in row.model and "interp" not in row.file else 224] * 2)
     assert row.crop_pct == (1.0 if row.input_size[1] == 384 else 0.9 if row.layout == "timm" else 0.875)
     assert row.crop_mode == ("squash" if row.layout == "microsoft" and row.input_size[1] == 384 else "center")
-    assert row.interpolation == "bicubic"
     assert (row.mean, row.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -70,20 +77,30 @@ def test_rows_become_pretrained_cfgs_of_timm(row: object) -> None:
     assert isinstance(row, type(ROWS[0]))
     cfg = PretrainedCfg(**row.pretrained_cfg())
     assert cfg.has_weights
-    assert (cfg.architecture, cfg.tag, cfg.license) == (row.model, row.tag, "mit")
+    assert (cfg.architecture, cfg.tag, cfg.license) == (row.model, row.tag, row.licence.lower())
     assert (cfg.input_size, cfg.crop_pct, cfg.crop_mode) == (row.input_size, row.crop_pct, row.crop_mode)
 
 
-def timm_swins() -> list[PretrainedCfg]:
-    names = timm.list_models("swin_*_patch4_window*", pretrained=True)
-    cfgs = [timm.get_pretrained_cfg(name) for name in names]
+def timm_cfgs(pattern: str) -> list[PretrainedCfg]:
+    cfgs = [timm.get_pretrained_cfg(name) for name in timm.list_models(pattern, pretrained=True)]
     return [cfg for cfg in cfgs if cfg is not None]
 
 
 def test_swin_rows_are_those_that_timm_knows() -> None:
-    assert {cfg.url for cfg in timm_swins()} == {row.url for row in ROWS if row.layout == "microsoft"}
-    hub = {f"{cfg.hf_hub_id}": cfg for cfg in timm_swins()}
-    rows = {row.hub: row for row in ROWS if row.layout == "timm"}
+    cfgs = timm_cfgs("swin_*_patch4_window*")
+    assert {cfg.url for cfg in cfgs} == {row.url for row in ROWS if row.layout == "microsoft"}
+    assert_as_in_timm(cfgs, "swin_")
+
+
+def test_maxvit_rows_are_those_that_timm_knows() -> None:
+    cfgs = timm_cfgs("maxvit_*_tf_*") + timm_cfgs("maxvit_*_rw_*")
+    assert_as_in_timm(cfgs, "maxvit_")
+    assert {cfg.url for cfg in cfgs if cfg.url} == {row.url for row in ROWS if row.url and "maxvit" in row.model}
+
+
+def assert_as_in_timm(cfgs: list[PretrainedCfg], prefix: str) -> None:
+    hub = {f"{cfg.hf_hub_id}": cfg for cfg in cfgs}
+    rows = {row.hub: row for row in ROWS if row.hub and row.model.startswith(prefix)}
     assert hub.keys() == rows.keys()
     for name, cfg in hub.items():
         row = rows[name]

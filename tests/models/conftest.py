@@ -19,8 +19,12 @@ def _small_kwargs(name: str) -> dict[str, Any]:
     assert variant is not None
     kwargs = dict(variant.kwargs)
     depths = tuple(min(depth, 2) for depth in kwargs["depths"])
-    kwargs |= {"depths": depths, "embed_dim": 16, "num_heads": tuple(2**i for i in range(len(depths)))}
-    kwargs |= {"mlp_ratio": 2.0, "drop_path_rate": 0.0, "num_classes": 7}
+    kwargs |= {"depths": depths, "mlp_ratio": 2.0, "drop_path_rate": 0.0, "num_classes": 7}
+    if "stem_width" in kwargs:
+        # MaxViT: three sub-blocks a block; heads of 32 channels, as its published files have them
+        kwargs |= {"embed_dim": 32, "stem_width": 16, "depths": (1, 2, 1, 1)[: len(depths)], "img_size": 96}
+    else:
+        kwargs |= {"embed_dim": 16, "num_heads": tuple(2**i for i in range(len(depths)))}
     if "dilations" in kwargs:
         kwargs["dilations"] = tuple(stage[:depth] for stage, depth in zip(kwargs["dilations"], depths, strict=True))
     return kwargs

@@ -18,6 +18,11 @@ NAMES = set(
     dinat_nano dinat_mini dinat_tiny dinat_small dinat_base dinat_large dinat_large_384 dinat_large_384_11x11
     dinat_s_tiny dinat_s_small dinat_s_base dinat_s_large dinat_s_large_384
     swin_nano swin_tiny swin_small swin_base swin_large swin_base_384 swin_large_384
+    maxvit_nano maxvit_tiny maxvit_tiny_384 maxvit_tiny_512 maxvit_small maxvit_small_384 maxvit_small_512
+    maxvit_base maxvit_base_384 maxvit_base_512 maxvit_large maxvit_large_384 maxvit_large_512
+    maxvit_xlarge maxvit_xlarge_384 maxvit_xlarge_512
+    maxvit_nano_rw maxvit_tiny_rw maxvit_rmlp_pico_rw maxvit_rmlp_nano_rw maxvit_rmlp_tiny_rw maxvit_rmlp_small_rw
+    maxvit_rmlp_base_rw maxvit_rmlp_base_384_rw
     """.split()  # noqa: SIM905 - read as a table
 )
 
