@@ -1,9 +1,9 @@
 """MaxViT: Multi-Axis Vision Transformer (Tu et al., ECCV 2022, arXiv 2204.01697).
 
 Every block is a convolution and two attentions: an MBConv with squeeze-excite, attention inside windows, attention over
-a grid whose points lie evenly over the whole map. ``MaxViT`` is the published model; ``MaxViTRW`` is timm's own line
-(names with ``_rw``), with narrower stems, no biases in its convolutions and, in ``rmlp``, bias tables made by a small MLP
-of the logarithmic displacement.
+a grid whose points lie evenly over the whole map. ``MaxViT`` is the published model. ``MaxViTRW`` is timm's own line:
+narrower stems, no biases in its convolutions and, where ``rmlp`` is in the name, bias tables made by a small MLP of the
+logarithmic displacement.
 
 Windows and grids have img_size / 32 tokens a side in every stage. A map that they do not divide, which neither code
 defines, behaves as if padded and masked: a window is cut at the border, a grid takes the points that exist.

@@ -63,13 +63,15 @@ def test_an_experiment_is_a_full_recipe_with_its_source(name: str) -> None:
     assert config.model.drop_path_rate is not None
     assert config.data.name == "folder"
     assert config.trainer.epochs in (30, 300)
-    assert config.optim.lr_base_size in (512, 1024)
+    assert config.optim.lr_base_size in (512, 1024, 4096)
 
 
 def test_the_experiments_are_those_that_were_promised() -> None:
     wanted = {f"{family}_{size}_imagenet" for family in ("nat", "dinat") for size in ("mini", "tiny", "small", "base")}
     wanted |= {f"{family}_{size}_imagenet" for family in ("dinat_s", "swin") for size in ("tiny", "small", "base")}
-    assert wanted | {"dinat_large_384_finetune", "swin_base_384_finetune"} == set(EXPERIMENTS)
+    wanted |= {f"maxvit_{size}_imagenet" for size in ("tiny", "small", "base", "large")}
+    finetuned = {f"{name}_finetune" for name in ("dinat_large_384", "swin_base_384", "maxvit_tiny_384")}
+    assert wanted | finetuned == set(EXPERIMENTS)
 
 
 def test_published_rates_come_out_at_the_published_batch() -> None:
