@@ -28,7 +28,7 @@ class Backbone(LoadsPublished):
         stem: image (B, in_chans, H, W) to map (B, H / stride, W / stride, dims[0]).
         stages: stage i maps dims[i - 1] to dims[i] channels and, from the second on, halves the map.
         dims: channels of each stage.
-        stem_stride: reduction of the stem.
+        stem_stride: reduction of the first stage.
         img_size: nominal image size, an int or (height, width). Any size of at least 32 x 32 is taken at any time; a
             family may derive window sizes from the nominal one.
         in_chans, num_classes: channels of the image; classes, 0 for no classifier.

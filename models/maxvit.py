@@ -391,11 +391,11 @@ class MaxViT(Backbone):
 
 
 class MaxViTRW(MaxViT):
-    """Timm's own line: arguments as of ``MaxViT``, with heads of 32 channels always.
+    """Timm's own line.
 
     Args:
         mlp_tables: make the position tables by an MLP (``rmlp``) instead of learning them.
-        hidden_head, **options: as in ``MaxViT``.
+        hidden_head, **options: as in ``MaxViT``; ``head_dim`` is 32.
     """
 
     conv = Convolutions(act_layer=nn.SiLU, norm_eps=1e-5, padding="", bias=False, of_output=False, squeeze=1 / 16)
@@ -416,9 +416,14 @@ class MaxViTRW(MaxViT):
         ),
     )
 
-    def __init__(self, *, mlp_tables: bool = False, hidden_head: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *, mlp_tables: bool = False, hidden_head: bool = False, head_dim: int = HEAD_DIM, **options: Any
+    ) -> None:
+        if head_dim != HEAD_DIM:
+            # their layout cannot tell
+            raise ValueError(f"head_dim={head_dim}: timm's MaxViTs have heads of {HEAD_DIM} channels")
         self.mlp_tables = mlp_tables
-        super().__init__(hidden_head=hidden_head, **options)
+        super().__init__(hidden_head=hidden_head, head_dim=head_dim, **options)
 
     def _attention(self) -> Callable[..., PartitionAttention]:
         return LogMlpAttention if self.mlp_tables else PartitionAttention

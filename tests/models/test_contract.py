@@ -65,7 +65,8 @@ def test_backward_reaches_every_parameter(member: str, small: Small) -> None:
     for key, p in model.named_parameters():
         assert p.grad is not None, key
         assert p.grad.isfinite().all(), key
-        assert p.grad.abs().sum() > 0, key
+        # a constant added to all scores changes nothing
+        assert p.grad.abs().sum() > 0 or key.endswith("rel_pos_mlp.fc2.bias"), key
 
 
 def test_evaluation_is_deterministic(member: str, small: Small) -> None:
