@@ -304,10 +304,12 @@ def test_compiles_as_one_graph(name: str, backend: str) -> None:
     torch._dynamo.reset()
     model, x = randomise(nearfield.create_model(name, num_classes=10)), image(36, 44)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    y, z = model(x), compiled(x)
-    torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
+    # one after the other: each pass moves the statistics of batch norms in place
+    y = model(x)
     expected = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+    z = compiled(x)
     got = torch.autograd.grad(z.square().sum(), list(model.parameters()))
+    torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
