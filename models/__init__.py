@@ -6,7 +6,7 @@ such a file and import it here.
 
 from __future__ import annotations
 
-from . import biformer, dinat, dinat_s, halonet, hnt, hwt, nat, swin, swin_v2
+from . import biformer, dinat, dinat_s, halonet, hnt, hwt, maxvit, nat, swin, swin_v2
 from .backbone import Backbone
 from .features import Features
 from .loading import export_state_dict, models_that_fit
@@ -26,6 +26,7 @@ __all__ = [
     "hnt",
     "hwt",
     "list_models",
+    "maxvit",
     "models_that_fit",
     "nat",
     "swin",

@@ -28,7 +28,7 @@ class Backbone(LoadsPublished):
         stem: image (B, in_chans, H, W) to map (B, H / stride, W / stride, dims[0]).
         stages: stage i maps dims[i - 1] to dims[i] channels and, from the second on, halves the map.
         dims: channels of each stage.
-        stem_stride: reduction of the stem.
+        stem_stride: reduction of the first stage.
         img_size: nominal image size, an int or (height, width). Any size of at least 32 x 32 is taken at any time; a
             family may derive window sizes from the nominal one.
         in_chans, num_classes: channels of the image; classes, 0 for no classifier.
@@ -36,6 +36,7 @@ class Backbone(LoadsPublished):
         drop_rate: dropout before the classifier.
         norm_layer: makes the final norm.
         num_features: channels after the final norm where it changes them, None for dims[-1].
+        head: a head of the family's own, in place of the final norm and timm's ClassifierHead.
 
     Class attributes, set by the families: ``layouts`` (published layouts) and ``first_conv`` (name of the first
     convolution).
@@ -67,6 +68,7 @@ class Backbone(LoadsPublished):
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.LayerNorm,
         num_features: int | None = None,
+        head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.img_size = to_pair("img_size", img_size)
@@ -79,8 +81,8 @@ class Backbone(LoadsPublished):
         ]
         self.stem = stem
         self.stages = nn.ModuleList(stages)
-        self.norm = norm_layer(dims[-1])
-        self.head = ClassifierHead(
+        self.norm = norm_layer(dims[-1]) if head is None else nn.Identity()
+        self.head: Any = head or ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
         self.head_hidden_size = self.head.num_features

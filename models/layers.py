@@ -209,6 +209,7 @@ class Block(nn.Module):
         proj_drop: dropout in the MLP.
         drop_path: probability of dropping a branch for a sample.
         norm_layer: makes a norm for a number of channels.
+        act_layer: activation of the MLP.
     """
 
     def __init__(
@@ -220,6 +221,7 @@ class Block(nn.Module):
         proj_drop: float,
         drop_path: float,
         norm_layer: NormLayer,
+        act_layer: type[nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
 
@@ -234,7 +236,7 @@ class Block(nn.Module):
         self.ls1 = scale()
         self.drop_path1 = drop()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop)
         self.ls2 = scale()
         self.drop_path2 = drop()
 

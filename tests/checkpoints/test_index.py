@@ -30,9 +30,12 @@ MODELS = [
     *(f"swinv2_{size}_window{window}_22k" for size in ("base", "large") for window in (16, 24)),
     *HALO,
     *("hwt_tiny", "hwt_tiny_256", "hnt_mini", "hnt_tiny"),
+    *(f"maxvit_{size}{suffix}" for size in ("tiny", "small", "base", "large") for suffix in ("", "_384", "_512")),
+    *("maxvit_xlarge_384", "maxvit_xlarge_512", "maxvit_nano_rw", "maxvit_tiny_rw"),
+    *(f"maxvit_rmlp_{size}_rw" for size in ("pico", "nano", "tiny", "small", "base", "base_384")),
 ]
 # published for what they were pre-trained on alone
-PRETRAINED = ["swinv2_base_window12_22k", "swinv2_large_window12_22k"]
+PRETRAINED = ["swinv2_base_window12_22k", "swinv2_large_window12_22k", "maxvit_xlarge"]
 ROWS = entries()
 
 
@@ -42,7 +45,7 @@ def test_every_model_has_a_default_for_imagenet_1k(model: str) -> None:
     assert find(model) is default
     assert default.num_classes == 1000
     assert default.top1 is not None
-    assert default.url is not None
+    assert default.url or default.hub
 
 
 def test_no_other_models_are_in_the_index() -> None:
@@ -66,15 +69,17 @@ def test_rows_are_consistent(row: object) -> None:
         # a host that names no files has a page for people, but for shares that nobody serves any more
         direct = parts.path.rsplit("/", 1)[-1] == row.file and not parts.query
         assert direct == (row.page is None and parts.hostname != "api.onedrive.com")
+    of_timm = row.model in HALO or row.model.startswith("maxvit_")
     assert row.layout in ("shi-labs", "microsoft", "timm", "rayleizhu", "hilbert")
-    assert row.licence == ("Apache-2.0" if row.model in HALO else "MIT")
+    assert row.licence == ("Apache-2.0" if of_timm else "MIT")
     assert row.source
     assert re.fullmatch(r"[a-z0-9_]+", row.tag)
-    assert row.num_classes in (None, 1000, 21841)
+    assert row.num_classes in (None, 1000, 11821, 21841, 21843)
     assert row.top1 is None or 79 < row.top1 < 90
     assert (row.top1 is not None) == (row.num_classes == 1000)
     assert row.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", row.sha256)
-    if row.model in HALO:  # compared with timm below
+    assert row.interpolation == "bicubic"
+    if of_timm:  # compared with its own settings below
         return
     side = next((side for side in (256, 384) if str(side) in row.model and "interp" not in row.file), 224)
     if row.model.startswith("swinv2"):
@@ -82,7 +87,6 @@ def test_rows_are_consistent(row: object) -> None:
     assert row.input_size == (3, side, side)
     assert row.crop_pct == (1.0 if row.input_size[1] == 384 else 0.9 if row.layout == "timm" else 0.875)
     assert row.crop_mode == ("squash" if row.layout == "microsoft" and row.input_size[1] == 384 else "center")
-    assert row.interpolation == "bicubic"
     assert (row.mean, row.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -95,17 +99,28 @@ def test_rows_become_pretrained_cfgs_of_timm(row: object) -> None:
     assert (cfg.input_size, cfg.crop_pct, cfg.crop_mode) == (row.input_size, row.crop_pct, row.crop_mode)
 
 
-def timm_swins() -> list[PretrainedCfg]:
-    names = timm.list_models(["swin_*_patch4_window*", "swinv2_*_window*_*"], pretrained=True)
+def timm_cfgs(*patterns: str) -> list[PretrainedCfg]:
+    names = timm.list_models(list(patterns), pretrained=True)
     names = [name for name in names if timm.model_entrypoint(name).__module__.startswith("timm.")]
     cfgs = [timm.get_pretrained_cfg(name) for name in names]
     return [cfg for cfg in cfgs if cfg is not None]
 
 
 def test_swin_rows_are_those_that_timm_knows() -> None:
-    assert {cfg.url for cfg in timm_swins()} == {row.url for row in ROWS if row.layout == "microsoft"}
-    hub = {f"{cfg.hf_hub_id}": cfg for cfg in timm_swins()}
-    rows = {row.hub: row for row in ROWS if row.layout == "timm" and row.model.startswith("swin")}
+    cfgs = timm_cfgs("swin_*_patch4_window*", "swinv2_*_window*_*")
+    assert {cfg.url for cfg in cfgs} == {row.url for row in ROWS if row.layout == "microsoft"}
+    assert_as_in_timm(cfgs, "swin")
+
+
+def test_maxvit_rows_are_those_that_timm_knows() -> None:
+    cfgs = timm_cfgs("maxvit_*_tf_*", "maxvit_*_rw_*")
+    assert_as_in_timm(cfgs, "maxvit_")
+    assert {cfg.url for cfg in cfgs if cfg.url} == {row.url for row in ROWS if row.url and "maxvit" in row.model}
+
+
+def assert_as_in_timm(cfgs: list[PretrainedCfg], prefix: str) -> None:
+    hub = {f"{cfg.hf_hub_id}": cfg for cfg in cfgs}
+    rows = {row.hub: row for row in ROWS if row.hub and row.model.startswith(prefix)}
     assert hub.keys() == rows.keys()
     for name, cfg in hub.items():
         row = rows[name]

@@ -26,6 +26,11 @@ NAMES = set(
     halonet_26t sehalonet_33ts halonet_50ts eca_halonext_26ts halo_regnetz_b
     hwt_nano hwt_tiny hwt_small hwt_base hwt_tiny_256 hwt_small_256 hwt_base_256
     hnt_nano hnt_mini hnt_tiny hnt_small hnt_base
+    maxvit_nano maxvit_tiny maxvit_tiny_384 maxvit_tiny_512 maxvit_small maxvit_small_384 maxvit_small_512
+    maxvit_base maxvit_base_384 maxvit_base_512 maxvit_large maxvit_large_384 maxvit_large_512
+    maxvit_xlarge maxvit_xlarge_384 maxvit_xlarge_512
+    maxvit_nano_rw maxvit_tiny_rw maxvit_rmlp_pico_rw maxvit_rmlp_nano_rw maxvit_rmlp_tiny_rw maxvit_rmlp_small_rw
+    maxvit_rmlp_base_rw maxvit_rmlp_base_384_rw
     """.split()  # noqa: SIM905 - read as a table
 )
 
