@@ -6,11 +6,14 @@ Importing it registers every backbone with timm, so that ``timm.create_model`` m
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import checkpoints, models, ops
 from ._version import __version__
 from .models import create_model, list_models
+
+if TYPE_CHECKING:
+    from .models.accelerate import accelerate
 
 __all__ = ["__version__", "accelerate", "checkpoints", "create_model", "engine", "list_models", "models", "ops"]
 

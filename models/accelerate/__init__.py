@@ -48,8 +48,10 @@ def accelerate(model: nn.Module) -> Report:
     """Run the local attention of a timm Swin, SwinV2, MaxViT, DaViT, GCViT or HaloNet model on ``nearfield.ops``.
 
     In place: parameters, state dict keys and outputs (to float32 rounding) stay, no window is cut out of a map any
-    more. Works in training and evaluation, with copies, `load_state_dict`, `torch.compile` and `set_input_size`. Doing
-    it twice is doing it once. Attention dropout draws other masks than timm's, at the same rate.
+    more. Works in training and evaluation, with copies, `load_state_dict`, `torch.export` and `set_input_size`; with
+    `torch.compile` where that comes later, since what is compiled keeps the code it was compiled from (at `undo` as
+    well); not with `torch.jit.script`. Doing it twice is doing it once. Attention dropout has timm's rate and draws
+    other masks.
 
     A module is left as it is, and named with the reason, where its numbers are not known to be the same: a subclass,
     hooks inside its attention, a child that was exchanged, another timm, or a shifted window on a map that is no

@@ -40,32 +40,33 @@ class Replacement:
         """Why a module of the published class is left as it is; None where it is replaced."""
         if source_digest(cls.code) != cls.digest:
             return f"its code in timm {timm.__version__} is not the one of timm {KNOWN_TIMM}, which is known"
-        if is_overridden(module):
-            return "a method was replaced on this module"
         for name, types in cls.parts.items():
             part = _descend(module, name)
             if type(part) not in types:
                 return f"{name} is {_article(part)}, not {' or '.join(_article(t) for t in types)}"
+        read = [inner for name in cls.absorbed for inner in getattr(module, name).modules()]
+        if any(_is_overridden(inner) for inner in (module, *read)):
+            return "a method was replaced on this module or inside it"
         if cls.is_watched(module):
-            return f"hooks or replaced methods inside {' and '.join(cls.absorbed)} would no longer be called"
+            return f"hooks inside {' and '.join(cls.absorbed)} would no longer be called"
         return None
 
     @classmethod
-    def is_watched(cls, module: nn.Module) -> bool:
+    def is_watched(cls, module: Any) -> bool:
         """Whether somebody listens to, or replaced, a call that the replacement does not make."""
-        return any(is_touched(inner) for name in cls.absorbed for inner in getattr(module, name).modules())
+        return any(_is_touched(getattr(module, name)) for name in cls.absorbed)
 
 
-def is_touched(module: nn.Module) -> bool:
-    """Whether the call of a module is more than its class's own forward."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooked) or is_overridden(module)
+def _is_touched(module: nn.Module) -> bool:
+    """Whether a call of this module, or of one inside it, is more than its class's own forward."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return "forward" in module.__dict__ or any(_is_touched(m) for m in module._modules.values() if m is not None)
 
 
-def is_overridden(module: nn.Module) -> bool:
-    """Whether forward, or a method that it may call, was replaced on the instance."""
-    own = module.__dict__
-    return "forward" in own or "_attn" in own or "_partition_attn" in own or "_window_attn" in own
+def _is_overridden(module: nn.Module) -> bool:
+    """Whether a method of the class was replaced on the instance."""
+    return any(callable(getattr(type(module), name, None)) for name in module.__dict__)
 
 
 @cache

@@ -14,7 +14,7 @@ import nearfield
 import pytest
 import timm
 import torch
-from nearfield.models.accelerate import REPLACEMENTS, Report, gcvit, maxvit, swin
+from nearfield.models.accelerate import REPLACEMENTS, Report, davit, gcvit, halonet, maxvit, swin
 from nearfield.models.accelerate.replacement import Replacement, source_digest
 from nearfield.ops import local_attention
 from timm.layers.halo_attn import HaloAttn
@@ -172,6 +172,15 @@ def test_outputs_and_gradients_are_those_of_timm(name: str, training: bool) -> N
     _, counts, left = CASES[name]
     assert (report.counts, len(report.left)) == (counts, left)
     assert_same_step(ours.train(training), theirs.train(training), images(theirs))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_error_of_one_percent_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours, _ = pair(name)
+    want = ours(images(ours))
+    for file in (davit, gcvit, halonet, maxvit, swin):
+        monkeypatch.setattr(file, "local_attention", lambda *args, **options: 1.01 * local_attention(*args, **options))
+    assert distance(ours(images(ours)), want) > 1e-4
 
 
 @family
@@ -415,12 +424,12 @@ def _parametrize(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_hook, "hooks or replaced methods inside attn would no longer be called"),
-        (_backward_hook, "hooks or replaced methods inside attn would no longer be called"),
+        (_hook, "hooks inside attn would no longer be called"),
+        (_backward_hook, "hooks inside attn would no longer be called"),
         (_subclass, "Louder is a subclass of timm's SwinTransformerBlock"),
         (_exchange, "attn.qkv is an Adapter, not a Linear"),
-        (_override, "a method was replaced on this module"),
-        (_override_inside, "hooks or replaced methods inside attn would no longer be called"),
+        (_override, "a method was replaced on this module or inside it"),
+        (_override_inside, "a method was replaced on this module or inside it"),
         (_parametrize, "attn is a ParametrizedWindowAttention, not a WindowAttention"),
     ],
 )
