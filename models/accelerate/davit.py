@@ -9,18 +9,19 @@ from torch import Tensor, nn
 
 from ...ops import Window, local_attention
 from ..layers import pad_map
-from .replacement import Replacement
+from .replacement import Replacement, source
 
 
 class NearfieldSpatialBlock(Replacement, davit.SpatialBlock):
     """``davit.SpatialBlock`` on ``nearfield.ops``: windows without bias, padding unmasked."""
 
     published = davit.SpatialBlock
-    code = (
-        davit.SpatialBlock.forward,
-        davit.WindowAttention.forward,
-        davit.window_partition,
-        davit.window_reverse,
+    code = source(
+        davit,
+        "SpatialBlock.forward",
+        "WindowAttention.forward",
+        "window_partition",
+        "window_reverse",
     )
     digest = "fd9ab54ebf9cdcd2"
     parts = {"attn": (davit.WindowAttention,), "attn.qkv": (nn.Linear,), "attn.proj": (nn.Linear,)}

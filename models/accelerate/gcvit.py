@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...ops import Window, local_attention
 from . import tables
-from .replacement import Replacement, dropout_of
+from .replacement import Replacement, dropout_of, source
 
 
 class NearfieldGlobalContextVitBlock(Replacement, gcvit.GlobalContextVitBlock):
@@ -21,14 +21,17 @@ class NearfieldGlobalContextVitBlock(Replacement, gcvit.GlobalContextVitBlock):
 
     published = gcvit.GlobalContextVitBlock
     code = (
-        gcvit.GlobalContextVitBlock.forward,
-        gcvit.GlobalContextVitBlock._window_attn,
-        gcvit.WindowAttentionGlobal.forward,
-        gcvit.window_partition,
-        gcvit.window_reverse,
-        *tables.CODE,
+        source(
+            gcvit,
+            "GlobalContextVitBlock.forward",
+            "GlobalContextVitBlock._window_attn",
+            "WindowAttentionGlobal.forward",
+            "window_partition",
+            "window_reverse",
+        )
+        + tables.CODE
     )
-    digest = "d87e980fc7f23ac7"
+    digest = "d7b59c0285247752"
     parts = {
         "attn": (gcvit.WindowAttentionGlobal,),
         "attn.rel_pos": (RelPosBias,),

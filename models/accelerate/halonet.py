@@ -8,17 +8,18 @@ from timm.layers import halo_attn
 from torch import Tensor, nn
 
 from ...ops import Halo, local_attention
-from .replacement import Replacement
+from .replacement import Replacement, source
 
 
 class NearfieldHaloAttn(Replacement, halo_attn.HaloAttn):
     """``halo_attn.HaloAttn`` on ``nearfield.ops``: keys outside the map are zero and take part in the softmax."""
 
     published = halo_attn.HaloAttn
-    code = (
-        halo_attn.HaloAttn.forward,
-        halo_attn.PosEmbedRel.forward,
-        halo_attn.rel_logits_1d,
+    code = source(
+        halo_attn,
+        "HaloAttn.forward",
+        "PosEmbedRel.forward",
+        "rel_logits_1d",
     )
     digest = "e9a2078e17626175"
     absorbed = ("pos_embed",)

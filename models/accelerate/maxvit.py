@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...ops import Grid, Pattern, Window, local_attention
 from . import tables
-from .replacement import Replacement, dropout_of
+from .replacement import Replacement, dropout_of, source
 
 _Types = dict[str, tuple[type, ...]]
 
@@ -43,16 +43,19 @@ class NearfieldPartitionAttentionCl(_Partition, maxxvit.PartitionAttentionCl):
 
     published = maxxvit.PartitionAttentionCl
     code = (
-        maxxvit.PartitionAttentionCl.forward,
-        maxxvit.PartitionAttentionCl._partition_attn,
-        maxxvit.AttentionCl.forward,
-        maxxvit.window_partition,
-        maxxvit.window_reverse,
-        maxxvit.grid_partition,
-        maxxvit.grid_reverse,
-        *tables.CODE,
+        source(
+            maxxvit,
+            "PartitionAttentionCl.forward",
+            "PartitionAttentionCl._partition_attn",
+            "AttentionCl.forward",
+            "window_partition",
+            "window_reverse",
+            "grid_partition",
+            "grid_reverse",
+        )
+        + tables.CODE
     )
-    digest = "6e7a66b5a5ff64ad"
+    digest = "1649500ebb3db398"
     parts = _parts("attn", maxxvit.AttentionCl, _LINEAR)
 
     def _partition_attn(self: Any, x: Tensor) -> Tensor:
@@ -66,11 +69,14 @@ class NearfieldParallelPartitionAttention(_Partition, maxxvit.ParallelPartitionA
 
     published = maxxvit.ParallelPartitionAttention
     code = (
-        maxxvit.ParallelPartitionAttention.forward,
-        maxxvit.ParallelPartitionAttention._partition_attn,
-        *NearfieldPartitionAttentionCl.code[2:],
+        source(
+            maxxvit,
+            "ParallelPartitionAttention.forward",
+            "ParallelPartitionAttention._partition_attn",
+        )
+        + NearfieldPartitionAttentionCl.code[2:]
     )
-    digest = "9173c9ebf2764cca"
+    digest = "78fa9ba1c7be4a17"
     absorbed = ("attn_block", "attn_grid")
     parts = {
         **_parts("attn_block", maxxvit.AttentionCl, _LINEAR),
@@ -89,16 +95,19 @@ class NearfieldPartitionAttention2d(_Partition, maxxvit.PartitionAttention2d):
 
     published = maxxvit.PartitionAttention2d
     code = (
-        maxxvit.PartitionAttention2d.forward,
-        maxxvit.PartitionAttention2d._partition_attn,
-        maxxvit.Attention2d.forward,
-        maxxvit.window_partition_nchw,
-        maxxvit.window_reverse_nchw,
-        maxxvit.grid_partition_nchw,
-        maxxvit.grid_reverse_nchw,
-        *tables.CODE,
+        source(
+            maxxvit,
+            "PartitionAttention2d.forward",
+            "PartitionAttention2d._partition_attn",
+            "Attention2d.forward",
+            "window_partition_nchw",
+            "window_reverse_nchw",
+            "grid_partition_nchw",
+            "grid_reverse_nchw",
+        )
+        + tables.CODE
     )
-    digest = "c80d1ad4ab15d57a"
+    digest = "792a04da3009373e"
     parts = _parts("attn", maxxvit.Attention2d, _CONV)
 
     def _partition_attn(self: Any, x: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any, ClassVar
 
 import timm
 from torch import nn
 
-Code = tuple[Callable[..., Any], ...]
+Code = tuple[tuple[ModuleType, str], ...]
 
 KNOWN_TIMM = "1.0.31"  # the release that the digests were taken from
 
@@ -39,7 +39,7 @@ class Replacement:
     def refusal(cls, module: Any) -> str | None:
         """Why a module of the published class is left as it is; None where it is replaced."""
         if source_digest(cls.code) != cls.digest:
-            return f"its code in timm {timm.__version__} is not the one of timm {KNOWN_TIMM}, which is known"
+            return f"its code is not that of timm {KNOWN_TIMM}, which is known (timm here: {timm.__version__})"
         for name, types in cls.parts.items():
             part = _descend(module, name)
             if type(part) not in types:
@@ -69,12 +69,21 @@ def _is_overridden(module: nn.Module) -> bool:
     return any(callable(getattr(type(module), name, None)) for name in module.__dict__)
 
 
-@cache
+def source(module: ModuleType, *names: str) -> Code:
+    """Functions of a module, as in "Class.method", looked up when they are compared."""
+    return tuple((module, name) for name in names)
+
+
 def source_digest(code: Code) -> str:
-    """Digest of the source of some functions; empty where there is no source to read."""
+    """Digest of the source of some functions as they are now; empty where one is missing or has no source to read."""
+    return _digest(tuple(_descend(module, name) for module, name in code))
+
+
+@cache
+def _digest(functions: tuple[Any, ...]) -> str:
     try:
-        return hashlib.sha256("".join(inspect.getsource(function) for function in code).encode()).hexdigest()[:16]
-    except OSError:
+        return hashlib.sha256("".join(inspect.getsource(function) for function in functions).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
         return ""
 
 

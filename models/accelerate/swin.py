@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...ops import Window, local_attention
 from ..layers import Pair, pad_map
-from .replacement import Replacement, dropout_of
+from .replacement import Replacement, dropout_of, source
 from .tables import flipped
 
 
@@ -48,17 +48,18 @@ class NearfieldSwinBlock(_ShiftedWindows, v1.SwinTransformerBlock):
     """``swin_transformer.SwinTransformerBlock`` on ``nearfield.ops``."""
 
     published = v1.SwinTransformerBlock
-    code = (
-        v1.SwinTransformerBlock.forward,
-        v1.SwinTransformerBlock._attn,
-        v1.SwinTransformerBlock.get_attn_mask,
-        v1.SwinTransformerBlock._init_buffers,
-        v1.WindowAttention.forward,
-        v1.WindowAttention._get_rel_pos_bias,
-        v1.WindowAttention._init_buffers,
-        v1.get_relative_position_index,
-        v1.window_partition,
-        v1.window_reverse,
+    code = source(
+        v1,
+        "SwinTransformerBlock.forward",
+        "SwinTransformerBlock._attn",
+        "SwinTransformerBlock.get_attn_mask",
+        "SwinTransformerBlock._init_buffers",
+        "WindowAttention.forward",
+        "WindowAttention._get_rel_pos_bias",
+        "WindowAttention._init_buffers",
+        "get_relative_position_index",
+        "window_partition",
+        "window_reverse",
     )
     digest = "476610a83e554365"
     parts = {
@@ -82,16 +83,17 @@ class NearfieldSwinV2Block(_ShiftedWindows, v2.SwinTransformerV2Block):
     """``swin_transformer_v2.SwinTransformerV2Block`` on ``nearfield.ops``: cosine attention, bias from an MLP."""
 
     published = v2.SwinTransformerV2Block
-    code = (
-        v2.SwinTransformerV2Block.forward,
-        v2.SwinTransformerV2Block._attn,
-        v2.SwinTransformerV2Block.get_attn_mask,
-        v2.SwinTransformerV2Block._init_buffers,
-        v2.WindowAttention.forward,
-        v2.WindowAttention._init_buffers,
-        v2.WindowAttention._make_pair_wise_relative_positions,
-        v2.window_partition,
-        v2.window_reverse,
+    code = source(
+        v2,
+        "SwinTransformerV2Block.forward",
+        "SwinTransformerV2Block._attn",
+        "SwinTransformerV2Block.get_attn_mask",
+        "SwinTransformerV2Block._init_buffers",
+        "WindowAttention.forward",
+        "WindowAttention._init_buffers",
+        "WindowAttention._make_pair_wise_relative_positions",
+        "window_partition",
+        "window_reverse",
     )
     digest = "c1e1de3cedb93991"
     parts = {

@@ -5,25 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import RelPosBias, RelPosMlp
-from timm.layers.pos_embed_rel import RelPosBiasTf, gen_relative_log_coords, gen_relative_position_index
+from timm.layers import RelPosBias, RelPosMlp, pos_embed_rel
+from timm.layers.pos_embed_rel import RelPosBiasTf
 from torch import Tensor
 
 from ...checkpoints import FlippedTable
 from ..layers import Pair
+from .replacement import source
 
-CODE = (
-    RelPosBias.forward,
-    RelPosBias.get_bias,
-    RelPosBias._init_buffers,
-    RelPosBiasTf.forward,
-    RelPosBiasTf.get_bias,
-    RelPosBiasTf._init_buffers,
-    RelPosMlp.forward,
-    RelPosMlp.get_bias,
-    RelPosMlp._init_buffers,
-    gen_relative_position_index,
-    gen_relative_log_coords,
+CODE = source(
+    pos_embed_rel,
+    "RelPosBias.forward",
+    "RelPosBias.get_bias",
+    "RelPosBias._init_buffers",
+    "RelPosBiasTf.forward",
+    "RelPosBiasTf.get_bias",
+    "RelPosBiasTf._init_buffers",
+    "RelPosMlp.forward",
+    "RelPosMlp.get_bias",
+    "RelPosMlp._init_buffers",
+    "gen_relative_position_index",
+    "gen_relative_log_coords",
+    "generate_lookup_tensor",
+    "reindex_2d_einsum_lookup",
 )
 TYPES = (RelPosBias, RelPosBiasTf, RelPosMlp, type(None))
 

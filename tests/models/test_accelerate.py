@@ -516,7 +516,14 @@ def test_the_code_of_the_installed_timm_is_the_known_one(kind: type[Replacement]
 
 def test_another_timm_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swin.NearfieldSwinBlock, "digest", "0" * 16)
-    with pytest.raises(ValueError, match=re.escape("is not the one of timm 1.0.31")):
+    with pytest.raises(ValueError, match=re.escape("its code is not that of timm 1.0.31, which is known")):
+        nearfield.accelerate(filled(small_swin))
+
+
+def test_a_patched_class_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = WindowAttention.forward
+    monkeypatch.setattr(WindowAttention, "forward", lambda self, x, mask=None: forward(self, x, mask))
+    with pytest.raises(ValueError, match="its code is not that of timm"):
         nearfield.accelerate(filled(small_swin))
 
 
