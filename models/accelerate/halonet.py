@@ -34,7 +34,10 @@ class NearfieldHaloAttn(Replacement, halo_attn.HaloAttn):
         """(B, dim, H, W) -> (B, dim_out, H/s, W/s)."""
         if x.shape[2] % self.block_size or x.shape[3] % self.block_size or self.is_watched(self):
             return super().forward(x)
-        q, kv = (t.unflatten(1, (self.num_heads, -1)).permute(0, 3, 4, 1, 2) for t in (self.q(x), self.kv(x)))
+        # kernels read maps with channels last
+        q, kv = (
+            t.permute(0, 2, 3, 1).contiguous().unflatten(-1, (self.num_heads, -1)) for t in (self.q(x), self.kv(x))
+        )
         k, v = kv.split([self.dim_head_qk, self.dim_head_v], dim=-1)
         rel = (self.pos_embed.height_rel, self.pos_embed.width_rel)
         if self.scale_pos_embed:

@@ -114,7 +114,7 @@ class NearfieldPartitionAttention2d(_Partition, maxxvit.PartitionAttention2d):
         if not self._is_known(x.shape[2], x.shape[3]):
             return super()._partition_attn(x)
         attn = self.attn
-        qkv = attn.qkv(x).permute(0, 2, 3, 1)
+        qkv = attn.qkv(x).permute(0, 2, 3, 1).contiguous()  # kernels read maps with channels last
         x = _between_projections(attn, qkv, _pattern(self.partition_block, self.partition_size))
         return attn.proj_drop(attn.proj(x.permute(0, 3, 1, 2)))
 
