@@ -137,5 +137,6 @@ def _is_exact(block: Any, height: int, width: int) -> bool:
     """Whether the pattern gives timm's numbers on a map; a mask made for another map is timm's own affair."""
     if _wraps(block, height, width):
         return False
-    shifted = any(block.shift_size)
-    return block.dynamic_mask or not shifted or _padded(block, height, width) == _padded(block, *block.input_resolution)
+    if not any(block.shift_size) or getattr(block, "dynamic_mask", False):
+        return True
+    return _padded(block, height, width) == _padded(block, *block.input_resolution)

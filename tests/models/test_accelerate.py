@@ -452,6 +452,17 @@ def test_wrapping_windows_are_left_and_named() -> None:
     assert "timm rolls the 15x15 map before it pads it to multiples of 4x4" in str(report)
 
 
+def test_a_better_size_lets_more_be_replaced() -> None:
+    theirs, ours, first = pair("swin-odd")
+    for model in (theirs, ours):
+        model.set_input_size((64, 64))  # type: ignore[operator]
+    second = nearfield.accelerate(ours)
+    assert (len(first.replaced), len(second.replaced), second.left) == (3, 4, {})
+    assert_same_step(ours, theirs, images(theirs))
+    second.undo()
+    assert not any(isinstance(m, Replacement) for m in ours.modules())
+
+
 def test_hooks_that_come_later_are_called() -> None:
     modules = {"swin": "layers.0.blocks.1.attn", "swinv2": "layers.0.blocks.1.attn.softmax", "halonet": "pos_embed"}
     modules |= {"maxvit": "attn_grid.attn", "gcvit": "blocks.1.attn.qkv", "davit": "blocks.0.0.attn"}
