@@ -6,16 +6,21 @@ Importing it registers every backbone with timm, so that ``timm.create_model`` m
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from . import checkpoints, models, ops
 from ._version import __version__
 from .models import create_model, list_models
 
-__all__ = ["__version__", "checkpoints", "create_model", "engine", "list_models", "models", "ops"]
+if TYPE_CHECKING:
+    from .models.accelerate import accelerate
+
+__all__ = ["__version__", "accelerate", "checkpoints", "create_model", "engine", "list_models", "models", "ops"]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "accelerate":
+        return importlib.import_module(".models.accelerate", __name__).accelerate
     # training brings in torchvision and more: only for those who ask
     if name == "engine":
         return importlib.import_module(f".{name}", __name__)
