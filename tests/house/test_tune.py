@@ -80,14 +80,14 @@ def test_rows_of_an_architecture_come_before_those_of_any(tuned_file: Path) -> N
 
 def test_an_override_holds_inside_its_block_and_forgets_schedules() -> None:
     before, other, third = choose("sm_90"), Config(64, 64, 16, 1, 1), Config(64, 64, 16, 1, 2)
-    SCHEDULES.get("test", lambda: torch.zeros(1))
+    SCHEDULES.get("test", lambda: torch.zeros(1), torch.device("cpu"))
     with configs.override({KEY.format("sm_90"): other}):
         assert SCHEDULES.nbytes == 0, "what calls were made ready for with another configuration is kept there"
         assert choose("sm_90") == other
         with configs.override({KEY.format("sm_90"): third}):
             assert choose("sm_90") == third
         assert choose("sm_90") == other
-        SCHEDULES.get("test", lambda: torch.zeros(1))
+        SCHEDULES.get("test", lambda: torch.zeros(1), torch.device("cpu"))
     assert choose("sm_90") == before
     assert SCHEDULES.nbytes == 0
 
