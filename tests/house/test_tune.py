@@ -493,7 +493,7 @@ def test_a_dry_run_compiles_and_compares_everything(tmp_path: Path) -> None:
     }  # fmt: skip
     content = json.loads(written.read_text())
     assert content["measured"] is None
-    shipped = SHIPPED["routing.forward * half 16 region16"]
+    shipped = SHIPPED["routing.forward cpu half 16 region16"]
     assert configs.read_table(written) == {"routing.forward cpu half 16 region16": shipped}
     assert "not timed" in done.stderr
     assert done.stderr.splitlines()[0].startswith(f"tune: {written}.damaged is no table of launch configurations")
