@@ -6,14 +6,18 @@ Importing it registers every backbone with timm, so that ``timm.create_model`` m
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from . import checkpoints, models, ops
 from ._version import __version__
 from .models import create_model, from_pretrained, list_models, push_to_hub, save_pretrained
 
+if TYPE_CHECKING:
+    from .models.accelerate import accelerate
+
 __all__ = [
     "__version__",
+    "accelerate",
     "checkpoints",
     "create_model",
     "engine",
@@ -26,7 +30,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "accelerate":
+        return importlib.import_module(".models.accelerate", __name__).accelerate
     # training brings in torchvision and more: only for those who ask
     if name == "engine":
         return importlib.import_module(f".{name}", __name__)

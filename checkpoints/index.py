@@ -21,6 +21,7 @@ class Entry:
         tag: what stands after the dot, ``swin_base.ms_in22k_ft_in1k``; unique for a model.
         url: where it is, or None when it lies on the Hugging Face hub.
         hub: the hub repository (``owner/name``), or None.
+        page: where a person can download it in a browser, for hosts that may refuse programs; None elsewhere.
         layout: name of its key layout (``shi-labs``, ``microsoft``, ``timm``).
         licence: licence of the weights.
         num_classes: outputs of its head; None when the authors do not say.
@@ -37,6 +38,7 @@ class Entry:
     tag: str
     url: str | None
     hub: str | None
+    page: str | None
     layout: str
     licence: str
     num_classes: int | None
@@ -86,11 +88,12 @@ def _rows() -> tuple[Entry, ...]:
 
 
 def _entry(row: dict[str, Any]) -> Entry:
-    row = {"hub": None, "top1": None, "sha256": None, "note": "", **row}
-    folder, url = row.pop("folder", None), row.pop("url", None)
+    row = {"hub": None, "url": None, "page": None, "top1": None, "sha256": None, "note": "", **row}
+    folder = row.pop("folder", None)
+    row["url"] = None if row["hub"] else row["url"] or folder + row["file"]
     for key in ("input_size", "mean", "std"):
         row[key] = tuple(row[key])
-    return Entry(url=None if row["hub"] else url or folder + row["file"], **row)
+    return Entry(**row)
 
 
 def entries(model: str | None = None) -> list[Entry]:
@@ -104,7 +107,8 @@ def find(text: str) -> Entry | None:
         if text.startswith(prefix):
             return next((entry for entry in _rows() if entry.hub == text.removeprefix(prefix)), None)
     if "://" in text:
-        return next((entry for entry in _rows() if entry.url == text), None)
+        page = text.partition("?")[0]
+        return next((entry for entry in _rows() if entry.url == text or entry.page == page), None)
     name = text.replace("\\", "/").rsplit("/", 1)[-1]
     for entry in _rows():
         if (entry.url and entry.file == name) or text in (entry.model, entry.name, entry.hub):

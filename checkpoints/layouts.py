@@ -41,7 +41,7 @@ class FlippedTable:
     Published: (rows, heads), row = (yq-yk+wy-1) * (2*wx-1) + (xq-xk+wx-1), query minus key (Swin, section 3.2 and its
     code; HWT alike). Ours: entry [head, dy+wy-1, dx+wx-1] with (dy, dx) = key - query. The window is the one of the
     expected shape when the rows fit it, a square one otherwise: a table of another size keeps its size and is resized
-    by the model that takes it.
+    by the model that takes it. Where no shape is expected, a window that is not square stays unknown: a single row.
     """
 
     def to_ours(self, tensor: Tensor, shape: torch.Size | None) -> Tensor:
@@ -53,7 +53,9 @@ class FlippedTable:
             height, width = shape[1], shape[2]
         else:
             height = width = math.isqrt(rows)
-            if height * width != rows or height % 2 == 0:
+            if shape is None and height * width != rows:
+                height, width = 1, rows  # flipping both axes of any rectangle turns its rows round
+            if height * width != rows or rows % 2 == 0:
                 raise CheckpointMismatch(
                     f"a position table has {rows} rows: neither (2*w-1)^2 of a square window"
                     + (f" nor the {shape[1]} x {shape[2]} that the model has" if shape and len(shape) == 3 else "")

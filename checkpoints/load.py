@@ -21,7 +21,7 @@ from torch import Tensor
 from . import index
 from .download import cache_dir as default_cache_dir
 from .download import download
-from .errors import CheckpointError, UnsafeCheckpoint
+from .errors import CheckpointError, DownloadError, UnsafeCheckpoint
 from .hub import hub_download, is_hub
 from .wrappers import unwrap
 
@@ -290,7 +290,12 @@ def _resolve_entry(entry: index.Entry, cache_dir: str | os.PathLike[str] | None,
         return hub_download(entry.hub, entry.file, cache_dir=cache_dir, offline=offline)
     assert entry.url is not None, entry.name
     destination = Path(cache_dir or default_cache_dir()).expanduser() / entry.file
-    return download(entry.url, destination, sha256=entry.sha256, offline=offline)
+    try:
+        return download(entry.url, destination, sha256=entry.sha256, offline=offline)
+    except DownloadError as error:
+        if entry.page is None:
+            raise
+        raise DownloadError(f"{error}; in a browser it is at {entry.page}") from None
 
 
 def _resolve_url(url: str, cache_dir: str | os.PathLike[str] | None, offline: bool | None) -> Path:

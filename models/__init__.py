@@ -6,7 +6,7 @@ such a file and import it here.
 
 from __future__ import annotations
 
-from . import biformer, dinat, dinat_s, nat, swin, swin_v2
+from . import biformer, dinat, dinat_s, halonet, hnt, hwt, maxvit, nat, swin, swin_v2
 from .backbone import Backbone
 from .features import Features
 from .hub import from_pretrained, push_to_hub, save_pretrained
@@ -24,7 +24,11 @@ __all__ = [
     "dinat_s",
     "export_state_dict",
     "from_pretrained",
+    "halonet",
+    "hnt",
+    "hwt",
     "list_models",
+    "maxvit",
     "models_that_fit",
     "nat",
     "push_to_hub",

@@ -28,13 +28,15 @@ class Backbone(LoadsPublished):
         stem: image (B, in_chans, H, W) to map (B, H / stride, W / stride, dims[0]).
         stages: stage i maps dims[i - 1] to dims[i] channels and, from the second on, halves the map.
         dims: channels of each stage.
-        stem_stride: reduction of the stem.
+        stem_stride: reduction of the first stage.
         img_size: nominal image size, an int or (height, width). Any size of at least 32 x 32 is taken at any time; a
             family may derive window sizes from the nominal one.
         in_chans, num_classes: channels of the image; classes, 0 for no classifier.
         global_pool: pooling of timm's ClassifierHead (``avg``, ``max``, ``avgmax``, ``catavgmax``, ``""``).
         drop_rate: dropout before the classifier.
         norm_layer: makes the final norm.
+        num_features: channels after the final norm where it changes them, None for dims[-1].
+        head: a head of the family's own, in place of the final norm and timm's ClassifierHead.
 
     Class attributes, set by the families: ``layouts`` (published layouts) and ``first_conv`` (name of the first
     convolution).
@@ -65,20 +67,22 @@ class Backbone(LoadsPublished):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         norm_layer: NormLayer = nn.LayerNorm,
+        num_features: int | None = None,
+        head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.img_size = to_pair("img_size", img_size)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
-        self.num_features = dims[-1]
+        self.num_features = num_features or dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
         self.stem = stem
         self.stages = nn.ModuleList(stages)
-        self.norm = norm_layer(self.num_features)
-        self.head = ClassifierHead(
+        self.norm = norm_layer(dims[-1]) if head is None else nn.Identity()
+        self.head: Any = head or ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt
         )
         self.head_hidden_size = self.head.num_features
@@ -215,9 +219,11 @@ class Backbone(LoadsPublished):
         shortened = last < len(self.stages) - 1
         if prune_norm or shortened:
             self.norm = nn.Identity()
+            channels = self.feature_info[last]["num_chs"]
+            # a classifier for other channels cannot stay
+            prune_head = prune_head or channels != self.num_features
+            self.num_features = channels
         self.stages = self.stages[: last + 1]
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return wanted

@@ -8,9 +8,23 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from .backbone import Backbone
+
+
+_DRAWING = {
+    getattr(Tensor, name) for name in ("uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_")
+}
+
+
+class _Undrawn(TorchFunctionMode):
+    """No weights are drawn: on the meta device that is most of the work of making a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return args[0] if func in _DRAWING else func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class Variant:
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """Names and shapes of its state dict for RGB images, without a classifier."""
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             state = self.build(num_classes=0, in_chans=3).state_dict()
         return {name: value.shape for name, value in state.items()}
 

@@ -178,6 +178,10 @@ class LocalAttention(nn.Module):
         """Pattern for a (padded) map."""
         raise NotImplementedError
 
+    def position_bias(self, height: int, width: int) -> Tensor:
+        """Bias of ``pattern`` for a (padded) map: the table, unless a family derives it."""
+        return self.rel_pos_bias
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         H, W = x.shape[1:3]
@@ -188,7 +192,7 @@ class LocalAttention(nn.Module):
             None,
             None,
             self.pattern(height, width),
-            bias=self.rel_pos_bias,
+            bias=self.position_bias(height, width),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return self.proj_drop(self.proj(x[:, :H, :W].flatten(3)))
@@ -205,6 +209,7 @@ class Block(nn.Module):
         proj_drop: dropout in the MLP.
         drop_path: probability of dropping a branch for a sample.
         norm_layer: makes a norm for a number of channels.
+        act_layer: activation of the MLP.
     """
 
     def __init__(
@@ -216,6 +221,7 @@ class Block(nn.Module):
         proj_drop: float,
         drop_path: float,
         norm_layer: NormLayer,
+        act_layer: type[nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
 
@@ -230,7 +236,7 @@ class Block(nn.Module):
         self.ls1 = scale()
         self.drop_path1 = drop()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop)
         self.ls2 = scale()
         self.drop_path2 = drop()
 

@@ -108,6 +108,11 @@ def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
         )
     if tuple(table.shape[1:]) == tuple(size):
         return table
+    # a single row has no rim, and F.interpolate would take the first one
+    if size[0] == 1:
+        table = table[:, table.shape[1] // 2, None]
+    if size[1] == 1:
+        table = table[:, :, table.shape[2] // 2, None]
     compute = torch.promote_types(table.dtype, torch.float32)
     wide = F.interpolate(table[None].to(compute), size=size, mode="bicubic", align_corners=True)[0]
     return wide.to(table.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,10 +59,12 @@ def model_cases(quick: bool) -> list[Case]:
     nat = nearfield.create_model("nat_tiny", drop_path_rate=0.0)
     assert isinstance(swin, Backbone)
     swin.load_state_dict(theirs.state_dict())
+    accelerated = copy.deepcopy(theirs)
+    nearfield.accelerate(accelerated)
     images, labels = _images(batch, size), torch.arange(batch)
     shape = f"batch {batch} at {size}"
     peer = _forward("timm's Swin-T", theirs, images)
-    for model in (swin, nat, theirs):
+    for model in (swin, nat, theirs, accelerated):
         model.eval()  # the same as training mode, with nothing dropped
     return [
         Case(
@@ -80,6 +83,11 @@ def model_cases(quick: bool) -> list[Case]:
                 ),
             ),
             tolerance=1e-3,
+        ),
+        Case(
+            f"timm's Swin-T after nearfield.accelerate, forward, {shape}",
+            _forward("nearfield", accelerated, images),
+            (Peer(peer, None, "same weights"),),
         ),
         Case(
             f"NAT-T forward, {shape}",

@@ -12,6 +12,14 @@ from nearfield.checkpoints import entries, find
 from nearfield.checkpoints.index import near_matches
 from timm.models import PretrainedCfg
 
+# our names and timm's
+HALO = {
+    "halonet_26t": "halonet26t",
+    "sehalonet_33ts": "sehalonet33ts",
+    "halonet_50ts": "halonet50ts",
+    "eca_halonext_26ts": "eca_halonext26ts",
+    "halo_regnetz_b": "haloregnetz_b",
+}
 MODELS = [
     *(f"nat_{size}" for size in ("mini", "tiny", "small", "base")),
     *(f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large", "large_384", "large_384_11x11")),
@@ -20,9 +28,14 @@ MODELS = [
     *(f"swin_{size}" for size in ("tiny", "small", "base", "large", "base_384", "large_384")),
     *(f"swinv2_{size}_window{window}" for size in ("tiny", "small", "base") for window in (8, 16)),
     *(f"swinv2_{size}_window{window}_22k" for size in ("base", "large") for window in (16, 24)),
+    *HALO,
+    *("hwt_tiny", "hwt_tiny_256", "hnt_mini", "hnt_tiny"),
+    *(f"maxvit_{size}{suffix}" for size in ("tiny", "small", "base", "large") for suffix in ("", "_384", "_512")),
+    *("maxvit_xlarge_384", "maxvit_xlarge_512", "maxvit_nano_rw", "maxvit_tiny_rw"),
+    *(f"maxvit_rmlp_{size}_rw" for size in ("pico", "nano", "tiny", "small", "base", "base_384")),
 ]
 # published for what they were pre-trained on alone
-PRETRAINED = ["swinv2_base_window12_22k", "swinv2_large_window12_22k"]
+PRETRAINED = ["swinv2_base_window12_22k", "swinv2_large_window12_22k", "maxvit_xlarge"]
 ROWS = entries()
 
 
@@ -32,7 +45,7 @@ def test_every_model_has_a_default_for_imagenet_1k(model: str) -> None:
     assert find(model) is default
     assert default.num_classes == 1000
     assert default.top1 is not None
-    assert default.url is not None
+    assert default.url or default.hub
 
 
 def test_no_other_models_are_in_the_index() -> None:
@@ -53,23 +66,27 @@ def test_rows_are_consistent(row: object) -> None:
     if row.url:
         parts = urlsplit(row.url)
         assert parts.scheme == "https"
-        assert parts.path.rsplit("/", 1)[-1] == (row.file if parts.hostname != "api.onedrive.com" else "content")
-        assert not parts.query
-    assert row.layout in ("shi-labs", "microsoft", "timm", "rayleizhu")
-    assert row.licence == "MIT"
+        # a host that names no files has a page for people, but for shares that nobody serves any more
+        direct = parts.path.rsplit("/", 1)[-1] == row.file and not parts.query
+        assert direct == (row.page is None and parts.hostname != "api.onedrive.com")
+    of_timm = row.model in HALO or row.model.startswith("maxvit_")
+    assert row.layout in ("shi-labs", "microsoft", "timm", "rayleizhu", "hilbert")
+    assert row.licence == ("Apache-2.0" if of_timm else "MIT")
     assert row.source
     assert re.fullmatch(r"[a-z0-9_]+", row.tag)
-    assert row.num_classes in (None, 1000, 21841)
-    assert row.top1 is None or 80 < row.top1 < 90
+    assert row.num_classes in (None, 1000, 11821, 21841, 21843)
+    assert row.top1 is None or 79 < row.top1 < 90
     assert (row.top1 is not None) == (row.num_classes == 1000)
     assert row.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", row.sha256)
-    side = 384 if "384" in row.model and "interp" not in row.file else 224
+    assert row.interpolation == "bicubic"
+    if of_timm:  # compared with its own settings below
+        return
+    side = next((side for side in (256, 384) if str(side) in row.model and "interp" not in row.file), 224)
     if row.model.startswith("swinv2"):
         side = 192 if "window12" in row.model else 384 if "window24" in row.model else 256
     assert row.input_size == (3, side, side)
     assert row.crop_pct == (1.0 if row.input_size[1] == 384 else 0.9 if row.layout == "timm" else 0.875)
     assert row.crop_mode == ("squash" if row.layout == "microsoft" and row.input_size[1] == 384 else "center")
-    assert row.interpolation == "bicubic"
     assert (row.mean, row.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -78,27 +95,51 @@ def test_rows_become_pretrained_cfgs_of_timm(row: object) -> None:
     assert isinstance(row, type(ROWS[0]))
     cfg = PretrainedCfg(**row.pretrained_cfg())
     assert cfg.has_weights
-    assert (cfg.architecture, cfg.tag, cfg.license) == (row.model, row.tag, "mit")
+    assert (cfg.architecture, cfg.tag, cfg.license) == (row.model, row.tag, row.licence.lower())
     assert (cfg.input_size, cfg.crop_pct, cfg.crop_mode) == (row.input_size, row.crop_pct, row.crop_mode)
 
 
-def timm_swins() -> list[PretrainedCfg]:
-    names = timm.list_models(["swin_*_patch4_window*", "swinv2_*_window*_*"], pretrained=True)
+def timm_cfgs(*patterns: str) -> list[PretrainedCfg]:
+    names = timm.list_models(list(patterns), pretrained=True)
     names = [name for name in names if timm.model_entrypoint(name).__module__.startswith("timm.")]
     cfgs = [timm.get_pretrained_cfg(name) for name in names]
     return [cfg for cfg in cfgs if cfg is not None]
 
 
 def test_swin_rows_are_those_that_timm_knows() -> None:
-    assert {cfg.url for cfg in timm_swins()} == {row.url for row in ROWS if row.layout == "microsoft"}
-    hub = {f"{cfg.hf_hub_id}": cfg for cfg in timm_swins()}
-    rows = {row.hub: row for row in ROWS if row.layout == "timm" and row.model.startswith("swin")}
+    cfgs = timm_cfgs("swin_*_patch4_window*", "swinv2_*_window*_*")
+    assert {cfg.url for cfg in cfgs} == {row.url for row in ROWS if row.layout == "microsoft"}
+    assert_as_in_timm(cfgs, "swin")
+
+
+def test_maxvit_rows_are_those_that_timm_knows() -> None:
+    cfgs = timm_cfgs("maxvit_*_tf_*", "maxvit_*_rw_*")
+    assert_as_in_timm(cfgs, "maxvit_")
+    assert {cfg.url for cfg in cfgs if cfg.url} == {row.url for row in ROWS if row.url and "maxvit" in row.model}
+
+
+def assert_as_in_timm(cfgs: list[PretrainedCfg], prefix: str) -> None:
+    hub = {f"{cfg.hf_hub_id}": cfg for cfg in cfgs}
+    rows = {row.hub: row for row in ROWS if row.hub and row.model.startswith(prefix)}
     assert hub.keys() == rows.keys()
     for name, cfg in hub.items():
         row = rows[name]
         assert (cfg.num_classes, cfg.input_size) == (row.num_classes, row.input_size)
         assert (cfg.crop_pct, cfg.crop_mode, cfg.interpolation) == (row.crop_pct, row.crop_mode, row.interpolation)
         assert (cfg.mean, cfg.std) == (row.mean, row.std)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.model in HALO], ids=lambda row: row.name)
+def test_halo_rows_are_those_that_timm_knows(row: object) -> None:
+    assert isinstance(row, type(ROWS[0]))
+    cfg = timm.get_pretrained_cfg(HALO[row.model])
+    assert cfg is not None
+    assert row.hub in (None, cfg.hf_hub_id)
+    assert row.url in (None, cfg.url)
+    assert row.tag.removeprefix("timm_") == cfg.tag
+    assert (row.licence.lower(), row.num_classes, row.input_size) == (cfg.license, cfg.num_classes, cfg.input_size)
+    assert (row.crop_pct, row.crop_mode, row.interpolation) == (cfg.crop_pct, cfg.crop_mode, cfg.interpolation)
+    assert (row.mean, row.std) == (cfg.mean, cfg.std)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +157,8 @@ def test_swin_rows_are_those_that_timm_knows() -> None:
         ("swinv2_base_patch4_window12_192_22k.pth", "swinv2_base_window12_22k.ms_in22k"),
         ("hf-hub:timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
         ("timm/swin_tiny_patch4_window7_224.ms_in1k", "swin_tiny.timm_in1k"),
+        ("hwt_tiny_256.pth", "hwt_tiny_256.in1k"),
+        ("https://drive.google.com/file/d/1HrUmo-Tsk7J5bq2KBtdzw1cXzlZuvS_V/view?usp=sharing", "hnt_mini.in1k"),
     ],
 )
 def test_rows_are_found_by_every_name(text: str, name: str) -> None:

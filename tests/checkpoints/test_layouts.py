@@ -294,7 +294,16 @@ def test_expected_shapes_reach_the_table() -> None:
     assert ours[name].shape == (2, 5, 9)
 
 
-@pytest.mark.parametrize("shape", [(45, 2), (16, 2), (169,), (2, 13, 13)])
+def test_a_rectangle_that_nobody_expects_comes_back() -> None:
+    theirs = torch.randn(5 * 9, 2)
+    ours = FlippedTable().to_ours(theirs, None)
+    assert ours.shape == (2, 1, 45)
+    assert torch.equal(FlippedTable().to_theirs(ours), theirs)
+    with pytest.raises(CheckpointMismatch, match=r"45 rows.*13 x 13"):
+        FlippedTable().to_ours(theirs, torch.Size((2, 13, 13)))
+
+
+@pytest.mark.parametrize("shape", [(46, 2), (16, 2), (169,), (2, 13, 13)])
 def test_impossible_tables_are_named(shape: tuple[int, ...]) -> None:
     state = {
         "layers.0.blocks.0.attn.relative_position_bias_table": torch.randn(shape),

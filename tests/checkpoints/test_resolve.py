@@ -55,6 +55,20 @@ def test_what_is_not_cached_offline_says_what_to_put_where(cache: Path, source: 
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    "source", ["hnt_tiny", "https://drive.google.com/file/d/1j-JlRj4D9gqx1lMyBp5sB8nThS7LCykS/view"]
+)
+def test_a_file_of_a_host_that_may_refuse_has_a_manual_step(cache: Path, source: str) -> None:
+    (entry,) = entries("hnt_tiny")
+    with pytest.raises(DownloadError) as error:
+        resolve(source)
+    text = str(error.value)
+    assert text.endswith(f"put it at {cache / 'hnt_tiny_224.pth'}; in a browser it is at {entry.page}")
+    assert "\n" not in text
+    (cache / "hnt_tiny_224.pth").touch()
+    assert resolve(source) == cache / "hnt_tiny_224.pth"
+
+
 def test_another_cache_may_be_given(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "nat_mini.pth").touch()

@@ -56,14 +56,14 @@ def test_eval_takes_every_option_of_its_groups(group: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_a_full_recipe_with_its_source(name: str) -> None:
     text = (door.CONFIGS / "experiment" / f"{name}.yaml").read_text()
-    assert "# Source: github.com/" in text
+    assert "# Source: github.com/" in text or "# Source: arxiv.org/abs/" in text
     config = door.compose("train", TrainConfig, [f"+experiment={name}"])
     assert config.model.name in list_models()
     assert config.model.name == name.removesuffix("_imagenet").removesuffix("_finetune")
     assert config.model.drop_path_rate is not None
     assert config.data.name == "folder"
-    assert config.trainer.epochs in (30, 300)
-    assert config.optim.lr_base_size in (512, 1024)
+    assert config.trainer.epochs in (30, 300, 350)
+    assert config.optim.lr_base_size in (256, 512, 1024, 4096)
 
 
 def test_the_experiments_are_those_that_were_promised() -> None:
@@ -72,7 +72,10 @@ def test_the_experiments_are_those_that_were_promised() -> None:
     wanted |= {f"swinv2_{size}_window{n}_imagenet" for size in ("tiny", "small", "base") for n in (8, 16)}
     wanted |= {f"swinv2_{size}_window{n}_22k_finetune" for size in ("base", "large") for n in (16, 24)}
     wanted |= {f"biformer_{size}_imagenet" for size in ("tiny", "small", "stl", "stl_nchw")}
-    assert wanted | {"dinat_large_384_finetune", "swin_base_384_finetune"} == set(EXPERIMENTS)
+    wanted |= {f"maxvit_{size}_imagenet" for size in ("tiny", "small", "base", "large")}
+    wanted |= {f"{name}_imagenet" for name in ("halo_h1", "hwt_tiny", "hwt_tiny_256", "hnt_mini", "hnt_tiny")}
+    finetuned = {f"{name}_finetune" for name in ("dinat_large_384", "swin_base_384", "maxvit_tiny_384")}
+    assert wanted | finetuned == set(EXPERIMENTS)
 
 
 def test_published_rates_come_out_at_the_published_batch() -> None:

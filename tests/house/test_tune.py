@@ -80,14 +80,14 @@ def test_rows_of_an_architecture_come_before_those_of_any(tuned_file: Path) -> N
 
 def test_an_override_holds_inside_its_block_and_forgets_schedules() -> None:
     before, other, third = choose("sm_90"), Config(64, 64, 16, 1, 1), Config(64, 64, 16, 1, 2)
-    SCHEDULES.get("test", lambda: torch.zeros(1))
+    SCHEDULES.get("test", lambda: torch.zeros(1), torch.device("cpu"))
     with configs.override({KEY.format("sm_90"): other}):
         assert SCHEDULES.nbytes == 0, "what calls were made ready for with another configuration is kept there"
         assert choose("sm_90") == other
         with configs.override({KEY.format("sm_90"): third}):
             assert choose("sm_90") == third
         assert choose("sm_90") == other
-        SCHEDULES.get("test", lambda: torch.zeros(1))
+        SCHEDULES.get("test", lambda: torch.zeros(1), torch.device("cpu"))
     assert choose("sm_90") == before
     assert SCHEDULES.nbytes == 0
 
@@ -493,7 +493,7 @@ def test_a_dry_run_compiles_and_compares_everything(tmp_path: Path) -> None:
     }  # fmt: skip
     content = json.loads(written.read_text())
     assert content["measured"] is None
-    shipped = SHIPPED["routing.forward * half 16 region16"]
+    shipped = SHIPPED["routing.forward cpu half 16 region16"]
     assert configs.read_table(written) == {"routing.forward cpu half 16 region16": shipped}
     assert "not timed" in done.stderr
     assert done.stderr.splitlines()[0].startswith(f"tune: {written}.damaged is no table of launch configurations")

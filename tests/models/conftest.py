@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from nearfield.models import Backbone, catalog
+from nearfield.models import Backbone, catalog, registry
 
 
 def _small_kwargs(name: str) -> dict[str, Any]:
@@ -19,8 +19,14 @@ def _small_kwargs(name: str) -> dict[str, Any]:
     assert variant is not None
     kwargs = dict(variant.kwargs)
     depths = tuple(min(depth, 2) for depth in kwargs["depths"])
-    kwargs |= {"depths": depths, "embed_dim": 16, "num_heads": tuple(2**i for i in range(len(depths)))}
-    kwargs |= {"mlp_ratio": 2.0, "drop_path_rate": 0.0, "num_classes": 7}
+    small = {"depths": depths, "embed_dim": 16, "num_heads": tuple(2**i for i in range(len(depths)))}
+    # a branch that begins at zero would have no gradients
+    small |= {"mlp_ratio": 2.0, "zero_init": False, "drop_path_rate": 0.0, "num_classes": 7}
+    if "stem_width" in kwargs:
+        # MaxViT: three sub-blocks a block; heads of 32 channels, as its published files have them
+        small |= {"embed_dim": 32, "stem_width": 16, "depths": (1, 2, 1, 1)[: len(depths)], "img_size": 96}
+        del small["num_heads"]
+    kwargs |= {key: value for key, value in small.items() if key in registry._arguments(variant.family)}
     if "dilations" in kwargs:
         kwargs["dilations"] = tuple(stage[:depth] for stage, depth in zip(kwargs["dilations"], depths, strict=True))
     return kwargs

@@ -18,7 +18,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 MODELS = nearfield.list_models()
-POSITIONS = r"rel_pos_bias$|logit_scale$|\.cpb_mlp\."  # what says where, or how sharply: free of weight decay
+POSITIONS = (
+    r"rel_pos_bias(_[yx])?$|logit_scale$|\.(cpb|rel_pos)_mlp\."  # what says where, or how sharply: free of weight decay
+)
 NANO = [name for name in MODELS if name.endswith("_nano")]
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -67,7 +69,8 @@ def test_backward_reaches_every_parameter(member: str, small: Small) -> None:
     for key, p in model.named_parameters():
         assert p.grad is not None, key
         assert p.grad.isfinite().all(), key
-        assert p.grad.abs().sum() > 0, key
+        # a constant added to all scores changes nothing
+        assert p.grad.abs().sum() > 0 or key.endswith("rel_pos_mlp.fc2.bias"), key
 
 
 def test_evaluation_is_deterministic(member: str, small: Small) -> None:
@@ -81,7 +84,7 @@ def test_constructs_on_meta_without_touching_memory(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     assert all(p.is_meta for p in model.parameters())
-    assert all(buffer.is_meta for buffer in model.buffers())
+    assert all(b.is_meta for b in model.buffers())
 
 
 def test_weights_made_on_meta_are_initialised_like_others(small: Small) -> None:
@@ -183,9 +186,11 @@ def test_classifier_is_replaced(member: str, small: Small) -> None:
     model.reset_classifier(0, "")
     assert model(x).shape[-1] == model.num_features
     assert model(x).ndim == 4
-    model.reset_classifier(5, "catavgmax")
+    # a hidden layer in the head fixes the width after pooling
+    pool, width = ("avgmax", 1) if hasattr(model.head, "pre_logits") else ("catavgmax", 2)
+    model.reset_classifier(5, pool)
     assert model(x).shape == (1, 5)
-    assert model.head_hidden_size == 2 * model.num_features
+    assert model.head_hidden_size == width * model.num_features
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -203,6 +208,7 @@ def test_checkpointing_changes_neither_output_nor_gradients(member: str, small: 
     for enable in (False, True):
         model.zero_grad()
         model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)
         y = model(x)
         y.square().sum().backward()
         results.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
@@ -224,7 +230,7 @@ def test_layer_groups_are_one_for_each_block(member: str, small: Small) -> None:
     assert sorted(set(fine.values())) == list(range(sum(depths) + 2))
     assert {group for key, group in fine.items() if key.startswith("stem.")} == {0}
     assert {group for key, group in fine.items() if key.startswith("head.")} == {sum(depths) + 1}
-    assert fine["norm.weight"] == sum(depths)
+    assert {group for key, group in fine.items() if key.startswith("norm.")} <= {sum(depths)}
     assert (
         len({group for key, group in fine.items() if key.startswith(("stages.1.downsample", "stages.1.blocks.0"))}) == 1
     )
@@ -301,8 +307,8 @@ def test_compiles_as_one_graph(name: str, backend: str) -> None:
     # before the second pass moves the statistics of batch norms in place
     expected = torch.autograd.grad(y.square().sum(), list(model.parameters()))
     z = compiled(x)
-    torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
     got = torch.autograd.grad(z.square().sum(), list(model.parameters()))
+    torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -342,6 +348,7 @@ def test_timms_optimizers_take_its_groups(name: str) -> None:
     for key, p in model.named_parameters():
         decayed = p.ndim > 1 and key not in model.no_weight_decay()
         assert groups[id(p)]["weight_decay"] == (0.1 if decayed else 0.0), key
-    scales = [groups[id(p)]["lr_scale"] for p in (model.head.fc.weight, model.norm.weight, model.stem.norm.weight)]
+    firsts = [next(module.parameters()) for module in (model.head.fc, model.norm, model.stem)]
+    scales = [groups[id(p)]["lr_scale"] for p in firsts]
     blocks = sum(len(stage.blocks) for stage in model.stages)
     assert scales == [1.0, 0.5, 0.5 ** (blocks + 1)]

@@ -22,6 +22,15 @@ NAMES = set(
     swinv2_nano swinv2_tiny_window8 swinv2_tiny_window16 swinv2_small_window8 swinv2_small_window16
     swinv2_base_window8 swinv2_base_window16 swinv2_base_window16_22k swinv2_base_window24_22k
     swinv2_large_window16_22k swinv2_large_window24_22k
+    halonet_nano halo_h0 halo_h1 halo_h2 halo_h3 halo_h4 halo_h5 halo_h6 halo_h7
+    halonet_26t sehalonet_33ts halonet_50ts eca_halonext_26ts halo_regnetz_b
+    hwt_nano hwt_tiny hwt_small hwt_base hwt_tiny_256 hwt_small_256 hwt_base_256
+    hnt_nano hnt_mini hnt_tiny hnt_small hnt_base
+    maxvit_nano maxvit_tiny maxvit_tiny_384 maxvit_tiny_512 maxvit_small maxvit_small_384 maxvit_small_512
+    maxvit_base maxvit_base_384 maxvit_base_512 maxvit_large maxvit_large_384 maxvit_large_512
+    maxvit_xlarge maxvit_xlarge_384 maxvit_xlarge_512
+    maxvit_nano_rw maxvit_tiny_rw maxvit_rmlp_pico_rw maxvit_rmlp_nano_rw maxvit_rmlp_tiny_rw maxvit_rmlp_small_rw
+    maxvit_rmlp_base_rw maxvit_rmlp_base_384_rw
     """.split()  # noqa: SIM905 - read as a table
 )
 

@@ -116,6 +116,14 @@ def test_resize_of_a_linear_table_stays_odd_in_displacement() -> None:
     torch.testing.assert_close(resize_table(table.mT, (21, 15)), resize_table(table, (15, 21)).mT)
 
 
+def test_resize_to_one_row_is_displacement_zero() -> None:
+    table = torch.randn(2, 13, 9)
+    assert torch.equal(resize_table(table, (1, 9)), table[:, 6:7])
+    assert torch.equal(resize_table(table, (13, 1)), table[:, :, 4:5])
+    assert torch.equal(resize_table(table, (1, 1)), table[:, 6:7, 4:5])
+    torch.testing.assert_close(resize_table(table, (1, 5)), resize_table(table[:, 6:7], (1, 5)))
+
+
 def test_resize_is_bicubic_with_aligned_corners() -> None:
     table = torch.randn(3, 13, 13)
     want = F.interpolate(table[None], size=(21, 17), mode="bicubic", align_corners=True)[0]

@@ -1,0 +1,604 @@
+"""HaloNet (Vaswani et al., CVPR 2021, arXiv 2103.12731), and timm's hybrids of it with convolutions.
+
+A residual network whose 3x3 convolutions are attention: the queries of a block see the keys of that block, widened by
+a halo. The bias depends on the query, q . r_y + q . r_x. Keys outside the map are zero keys that take part in the
+softmax: nothing is masked. A stage's first attention may have its queries on every second token, which halves the map.
+
+Nobody published code or weights of the paper's H0 to H7. What its table leaves open is filled in as re-implementations
+have it: ReLU, norm and activation after the attention, 4 heads in the first stage and 8 in the others. The printed
+numbers of parameters come out when a table has rows for those displacements only that occur, and when H3 has 1280 final
+features: with the 1024 that its table gives it would have 11.8 M parameters, not the 12.3 M that are printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import (
+    ConvNormAct,
+    DropPath,
+    calculate_drop_path_rates,
+    create_act_layer,
+    create_attn,
+    get_norm_act_layer,
+    make_divisible,
+    trunc_normal_,
+)
+from torch import Tensor, nn
+
+from ..checkpoints import Layout, Rule
+from ..ops import Halo, local_attention, resize_table
+from .backbone import Backbone
+from .layers import Pair, Size, Stage, per_stage, to_pair
+from .registry import register
+
+
+def every(x: Tensor, stride: int) -> Tensor:
+    """Every ``stride``-th row and column of (B, C, H, W).
+
+    A 1x1 convolution of that stride is one of stride 1 after this. On a CPU, PyTorch 2.11 corrupts memory in the
+    backward pass of the former when a channels-last map has few channels (seen with 8).
+    """
+    return x[:, :, ::stride, ::stride] if stride > 1 else x
+
+
+class ConvNorm(ConvNormAct):
+    """timm's convolution, norm and activation, drawn as He et al. do: (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the convolution anew; the norm is a module of its own."""
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+class FinalConv(ConvNorm):
+    """The last convolution, on the maps that stages give: (B, H, W, C) -> (B, H, W, C')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Another number of channels."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ResNetStem(nn.Module):
+    """Convolutions with norm and activation, the first of stride 2: (B, C, H, W) -> (B, H/s, W/s, dims[-1]).
+
+    Args:
+        in_chans: channels of the image.
+        dims: channels after each convolution.
+        kernel_size: of all of them.
+        stride: 2, or 4 by 3x3 max pooling or else by the last convolution.
+        pool: whether it is by pooling.
+        conv: makes a convolution with its norm and activation.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dims: Sequence[int],
+        kernel_size: int,
+        stride: int,
+        pool: bool,
+        conv: Callable[..., nn.Module],
+    ) -> None:
+        super().__init__()
+        if stride not in (2, 4):
+            raise ValueError(f"stem_stride must be 2 or 4, got {stride}")
+        if stride == 4 and not pool and len(dims) < 2:
+            raise ValueError(f"stem_stride=4 needs stem_pool=True or two convolutions, got stem_dims={tuple(dims)}")
+        for i, dim in enumerate(dims):
+            halves = i == 0 or (stride == 4 and not pool and i == len(dims) - 1)
+            self.add_module(f"conv{i + 1}", conv(dims[i - 1] if i else in_chans, dim, kernel_size, stride=1 + halves))
+        self.convs = len(dims)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if stride == 4 and pool else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) image to (B, ceil(H/s), ceil(W/s), dims[-1]) map, contiguous."""
+        for i in range(self.convs):
+            x = self.get_submodule(f"conv{i + 1}")(x)
+        return self.pool(x).permute(0, 2, 3, 1).contiguous()
+
+
+class HaloAttention(nn.Module):
+    """Blocked local attention with a halo, and tables of relative positions that multiply the query.
+
+    A map that is no multiple of the block has zero keys in the rest of its last blocks, as it has in their halo.
+
+    Args:
+        dim: channels in.
+        v_dim: channels out, those of v in all heads.
+        num_heads: heads; must divide ``v_dim``.
+        head_dim: channels of q and k in a head.
+        block_size, halo_size: (y, x) tokens.
+        stride: 2 halves the map: by queries on every second token, or by averaging where 2 does not divide the block.
+        spare_rows: tables as timm has them, with 2 * halo rows in front that no displacement reaches.
+        attn_drop, proj_drop: dropout of the attention weights and of the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        v_dim: int,
+        num_heads: int,
+        head_dim: int,
+        block_size: Pair,
+        halo_size: Pair,
+        stride: int = 1,
+        spare_rows: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if v_dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide the {v_dim} channels of v")
+        self.num_heads = num_heads
+        self.head_dims = (head_dim, v_dim // num_heads)
+        self.stride = stride
+        self.spare_rows = spare_rows
+        self.attn_drop = attn_drop
+        self.q = nn.Conv2d(dim, num_heads * head_dim, 1, bias=False)
+        self.kv = nn.Conv2d(dim, num_heads * head_dim + v_dim, 1, bias=False)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self._cut(block_size, halo_size)
+        rows = [self._rows(axis) for axis in (0, 1)]
+        self.rel_pos_bias_y = nn.Parameter(torch.empty(sum(rows[0]), head_dim))
+        self.rel_pos_bias_x = nn.Parameter(torch.empty(sum(rows[1]), head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw projections (by fan-in) and tables (by the scale of the scores) anew."""
+        for conv in (self.q, self.kv):
+            trunc_normal_(conv.weight, std=conv.in_channels**-0.5)
+        for table in (self.rel_pos_bias_y, self.rel_pos_bias_x):
+            trunc_normal_(table, std=self.head_dims[0] ** -0.5)
+
+    def _cut(self, block_size: Pair, halo_size: Pair) -> None:
+        self.block_size, self.halo_size = block_size, halo_size
+        strided = self.stride > 1 and not any(size % self.stride for size in block_size)
+        self.step = self.stride if strided else 1
+        self.averaged = self.stride > self.step
+        self.halo = Halo(block_size, halo_size, "zero", self.step)
+
+    def _rows(self, axis: int) -> Pair:
+        """Rows of an axis' table that no displacement reaches, and those that one does."""
+        spare = 2 * self.halo_size[axis] if self.spare_rows else 0
+        return spare, 2 * (self.block_size[axis] + self.halo_size[axis]) - 1
+
+    def set_block(self, block_size: Pair, halo_size: Pair) -> None:
+        """Change block and halo; the tables are resized to the displacements that then occur."""
+        old = [self._rows(axis) for axis in (0, 1)]
+        self._cut(block_size, halo_size)
+        for axis, name in enumerate(("rel_pos_bias_y", "rel_pos_bias_x")):
+            table, new = getattr(self, name), self._rows(axis)
+            if new != old[axis]:
+                with torch.no_grad():
+                    reached = resize_table(table[old[axis][0] :].T[..., None], (new[1], 1))[..., 0].T
+                    resized = F.pad(reached, (0, 0, new[0], 0))
+                setattr(self, name, nn.Parameter(resized, requires_grad=table.requires_grad))
+
+    def _table(self, table: Tensor, axis: int) -> Tensor:
+        """The table with the spare rows that the operator counts from."""
+        return table if self.spare_rows else F.pad(table, (0, 0, 2 * self.halo_size[axis], 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, dim, H, W) -> (B, v_dim, ceil(H/s), ceil(W/s))."""
+        q = self.q(every(x, self.step)).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
+        # a head's channels of k and v lie together
+        kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
+        k, v = kv.split(self.head_dims, -1)
+        x = local_attention(
+            q,
+            k,
+            v,
+            self.halo,
+            bias=(self._table(self.rel_pos_bias_y, 0), self._table(self.rel_pos_bias_x, 1)),
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
+        x = x.flatten(3).permute(0, 3, 1, 2)
+        if self.averaged:
+            x = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False)
+        return self.proj_drop(x)
+
+
+class Bottleneck(nn.Module):
+    """Residual bottleneck: 1x1 convolution, mixing of tokens, 1x1 convolution, each with a norm; then the shortcut.
+
+    Args:
+        mixer: ``attn`` and the norm after it, or ``conv2`` and the gate after it, by the names that they get here.
+        dim, inner_dim, mixed_dim, out_dim: channels in, before the mixer, after it, out.
+        stride: reduction by the mixer.
+        project: whether a shortcut between unlike maps is a projection; there is none at such a block otherwise.
+        last_act: activation after the shortcut, None for none.
+        zero_init: begin with a branch of zero, where there is a shortcut.
+        drop_path: probability of dropping the branch for a sample.
+        conv: makes a convolution with its norm and activation.
+    """
+
+    def __init__(
+        self,
+        mixer: dict[str, nn.Module],
+        dim: int,
+        inner_dim: int,
+        mixed_dim: int,
+        out_dim: int,
+        stride: int,
+        project: bool,
+        last_act: str | type[nn.Module] | None,
+        zero_init: bool,
+        drop_path: float,
+        conv: Callable[..., nn.Module],
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv(dim, inner_dim, 1)
+        self.mixers = tuple(mixer)
+        for name, module in mixer.items():
+            self.add_module(name, module)
+        self.conv3: Any = conv(mixed_dim, out_dim, 1, apply_act=False)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.shortcut: nn.Module | None = nn.Identity()
+        if dim != out_dim or stride > 1:
+            self.shortcut = conv(dim, out_dim, 1, apply_act=False) if project else None
+        self.stride = stride
+        self.act = nn.Identity() if last_act is None else create_act_layer(last_act, inplace=True)
+        self.zero_init = zero_init
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the branch to zero if asked for; everything else are modules of their own."""
+        if self.zero_init and self.shortcut is not None:
+            nn.init.zeros_(self.conv3.bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, ceil(H/s), ceil(W/s), out_dim)."""
+        x = x.permute(0, 3, 1, 2)
+        y = self.conv1(x)
+        for name in self.mixers:
+            y = self.get_submodule(name)(y)
+        y = self.drop_path(self.conv3(y))
+        if self.shortcut is not None:
+            y = y + self.shortcut(every(x, self.stride))
+        return self.act(y).permute(0, 2, 3, 1)
+
+
+def _timm(*stem: Rule) -> Layout:
+    """timm's layout, with the rules of a stem that it names in another way."""
+    block = "stages.{i}.{j}.", "stages.{i}.blocks.{j}."
+    renamed = {
+        "conv1_1x1.{rest}": "conv1.{rest}",
+        "conv2_kxk.{rest}": "conv2.{rest}",
+        "attn.{rest}": "gate.{rest}",
+        "self_attn.pos_embed.height_rel": "attn.rel_pos_bias_y",
+        "self_attn.pos_embed.width_rel": "attn.rel_pos_bias_x",
+        "self_attn.{rest}": "attn.{rest}",
+        "post_attn.{rest}": "norm.{rest}",
+        "conv3_1x1.{rest}": "conv3.{rest}",
+        "shortcut.{rest}": "shortcut.{rest}",
+    }
+    return Layout(
+        name="timm",
+        source="huggingface/pytorch-image-models, timm/models/byoanet.py",
+        signature=("stages.{i}.{j}.self_attn.q.weight", stem[0].theirs if stem else "stem.conv1.conv.weight"),
+        rules=(
+            *stem,
+            *(Rule(block[0] + theirs, block[1] + ours) for theirs, ours in renamed.items()),
+            Rule("final_conv.{rest}", "norm.{rest}"),
+        ),
+    )
+
+
+class HaloNet(Backbone):
+    """HaloNet and its hybrids; takes any image of at least 32 x 32.
+
+    The names r_v and r_b are the paper's. Stage i works on ``embed_dim * 2**i`` channels inside its blocks and has r_b
+    times as many between them.
+
+    Args:
+        img_size, in_chans, num_classes, global_pool, drop_rate: as in ``Backbone``.
+        embed_dim: inner channels of the first stage.
+        depths, num_heads: blocks and heads of each stage.
+        attention: for each stage the numbers of the blocks with attention, None for all; the others are convolutions.
+        block_size, halo_size: an int or (y, x) pair, or one for each stage.
+        r_v: channels of v as a multiple of the inner ones.
+        r_b: channels between blocks as a multiple of the inner ones, one value or one for each stage.
+        head_dim: channels of q and k in a head; None for ``qk_ratio`` times the inner channels, divided by the heads.
+        qk_ratio: see there.
+        spare_rows: as in ``HaloAttention``.
+        expansion: inner channels of a block as this multiple of those that enter it, as in RegNetZ, which also has no
+            shortcut between unlike maps and no activation after one; None for a plain residual network.
+        group_width: channels in a group of the 3x3 convolutions, 0 for one group.
+        gate: timm's name of the channel attention after them (``se``, ``eca``), None for none.
+        gate_ratio: its reduction, None for its own.
+        num_features: channels of a last 1x1 convolution with norm and activation (the paper's d_f), None for none. It
+            is ``norm``; feature maps are taken before it.
+        stem_dims, stem_kernel_size, stem_pool, stem_stride: as in ``ResNetStem``.
+        first_stride: 2 if the first stage halves the map too.
+        act_layer, norm_layer: classes, or timm's names of them.
+        zero_init: begin with branches of zero.
+        proj_drop_rate: dropout after attention.
+        attn_drop_rate: dropout of attention weights.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+    """
+
+    first_conv = "stem.conv1.conv"
+    layouts = (_timm(),)
+
+    def __init__(
+        self,
+        *,
+        img_size: Size = 256,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 64,
+        depths: Sequence[int] = (3, 3, 10, 3),
+        num_heads: int | Sequence[int] = (4, 8, 8, 8),
+        attention: Sequence[Sequence[int]] | None = None,
+        block_size: Size | Sequence[Size] = 8,
+        halo_size: Size | Sequence[Size] = 3,
+        r_v: float = 1.0,
+        r_b: float | Sequence[float] = 1.0,
+        head_dim: int | None = None,
+        qk_ratio: float = 1.0,
+        spare_rows: bool = True,
+        expansion: float | None = None,
+        group_width: int = 0,
+        gate: str | None = None,
+        gate_ratio: float | None = None,
+        num_features: int | None = None,
+        stem_dims: Sequence[int] = (64,),
+        stem_kernel_size: int = 7,
+        stem_pool: bool = True,
+        stem_stride: int = 4,
+        first_stride: int = 1,
+        act_layer: str | type[nn.Module] = "relu",
+        norm_layer: str | type[nn.Module] = "batchnorm",
+        zero_init: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        stages = len(depths)
+        ratios = per_stage("r_b", r_b, stages)
+        heads = per_stage("num_heads", num_heads, stages)
+        blocks = [to_pair("block_size", size) for size in per_stage("block_size", block_size, stages)]
+        halos = [to_pair("halo_size", size) for size in per_stage("halo_size", halo_size, stages)]
+        if attention is not None and len(attention) != stages:
+            raise ValueError(f"attention has {len(attention)} entries for {stages} stages: give one for each stage")
+        dims = [round(embed_dim * 2**i * ratio) for i, ratio in enumerate(ratios)]
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        layers: dict[str, Any] = {"norm_layer": norm_layer, "act_layer": act_layer}
+        conv = partial(ConvNorm, **layers)
+        norm_act = get_norm_act_layer(norm_layer, act_layer)
+
+        def bottleneck(i: int, j: int, dim: int) -> Bottleneck:
+            inner = embed_dim * 2**i if expansion is None else round(dim * expansion)
+            stride = 1 if j else (2 if i else first_stride)
+            mixer: dict[str, nn.Module]
+            if attention is None or j in attention[i]:
+                mixed = round(inner * r_v)
+                mixer = {
+                    "attn": HaloAttention(
+                        inner,
+                        mixed,
+                        heads[i],
+                        head_dim or make_divisible(inner * qk_ratio, 8) // heads[i],
+                        blocks[i],
+                        halos[i],
+                        stride,
+                        spare_rows,
+                        attn_drop=attn_drop_rate,
+                        proj_drop=proj_drop_rate,
+                    ),
+                    "norm": norm_act(mixed),
+                }
+            else:
+                mixed = inner
+                if group_width and inner % group_width:
+                    raise ValueError(f"group_width={group_width} must divide the {inner} channels of stage {i}")
+                mixer = {"conv2": conv(inner, inner, 3, stride=stride, groups=inner // (group_width or inner))}
+                if gate is not None:
+                    mixer["gate"] = create_attn(gate, inner, **({} if gate_ratio is None else {"rd_ratio": gate_ratio}))
+            return Bottleneck(
+                mixer,
+                dim,
+                inner,
+                mixed,
+                dims[i],
+                stride,
+                project=expansion is None,
+                last_act=act_layer if expansion is None else None,
+                zero_init=zero_init,
+                drop_path=rates[i][j],
+                conv=conv,
+            )
+
+        entering = [stem_dims[-1], *dims]
+        super().__init__(
+            ResNetStem(in_chans, stem_dims, stem_kernel_size, stem_stride, stem_pool, conv),
+            [
+                Stage(nn.Identity(), [bottleneck(i, j, dims[i] if j else entering[i]) for j in range(depths[i])])
+                for i in range(stages)
+            ],
+            dims,
+            stem_stride=stem_stride * first_stride,
+            img_size=img_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            norm_layer=nn.Identity if num_features is None else lambda dim: FinalConv(dim, num_features, 1, **layers),
+            num_features=num_features,
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay besides norms and biases: the position tables."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".rel_pos_bias_y", ".rel_pos_bias_x"))}
+
+    def _resize_attention(
+        self,
+        img_size: Pair,
+        block_size: Size | Sequence[Size] | None = None,
+        halo_size: Size | Sequence[Size] | None = None,
+        **others: Any,
+    ) -> None:
+        super()._resize_attention(img_size, **others)
+        # one entry for each stage that the model was made with, also where some are pruned
+        stages = len(self.feature_info)
+        asked = (("block_size", block_size), ("halo_size", halo_size))
+        blocks, halos = (
+            None if size is None else [to_pair(name, entry) for entry in per_stage(name, size, stages)]
+            for name, size in asked
+        )
+        for i, stage in enumerate(self.stages):
+            for attn in (module for module in stage.modules() if isinstance(module, HaloAttention)):
+                attn.set_block(
+                    attn.block_size if blocks is None else blocks[i], attn.halo_size if halos is None else halos[i]
+                )
+
+
+class HaloRegNetZ(HaloNet):
+    """timm's RegNetZ with halo attention, whose stem is one convolution; arguments as of ``HaloNet``."""
+
+    layouts = (
+        _timm(
+            Rule("stem.conv.weight", "stem.conv1.conv.weight"),
+            Rule("stem.bn.{rest}", "stem.conv1.bn.{rest}"),
+        ),
+    )
+
+
+_PAPER = {"img_size": 256, "num_heads": (4, 8, 8, 8), "spare_rows": False}
+# timm's tiered stem of three 3x3 convolutions, and as many channels between blocks as ResNet-50 has
+_HYBRID = {"img_size": 256, "num_heads": 8, "r_b": 4.0, "stem_dims": (24, 32, 64), "stem_kernel_size": 3}
+
+register(
+    __name__,
+    HaloNet,
+    {
+        # for images of 32 x 32: maps of 16, 8 and 4 tokens a side
+        "halonet_nano": {
+            "img_size": 32,
+            "stem_dims": (32,),
+            "stem_kernel_size": 3,
+            "stem_stride": 2,
+            "embed_dim": 32,
+            "depths": (2, 2, 2),
+            "attention": ((), (0, 1), (0, 1)),
+            "num_heads": (2, 4, 4),
+            "block_size": 4,
+            "halo_size": 1,
+            "num_features": 112,
+            "spare_rows": False,
+        },
+        "halo_h0": {**_PAPER, "depths": (3, 3, 7, 3), "r_b": 0.5},
+        "halo_h1": {**_PAPER, "depths": (3, 3, 10, 3), "r_b": 1.0},
+        "halo_h2": {**_PAPER, "depths": (3, 3, 11, 3), "r_b": 1.25},
+        "halo_h3": {
+            **_PAPER,
+            "img_size": 320,
+            "depths": (3, 3, 12, 3),
+            "block_size": 10,
+            "r_b": 1.5,
+            "num_features": 1280,
+        },
+        "halo_h4": {
+            **_PAPER,
+            "img_size": 384,
+            "depths": (3, 3, 12, 3),
+            "block_size": 12,
+            "halo_size": 2,
+            "r_b": 3.0,
+            "num_features": 1280,
+        },
+        "halo_h5": {
+            **_PAPER,
+            "img_size": 448,
+            "depths": (3, 3, 23, 3),
+            "block_size": 14,
+            "halo_size": 2,
+            "r_v": 2.5,
+            "r_b": 2.0,
+            "num_features": 1536,
+        },
+        "halo_h6": {
+            **_PAPER,
+            "img_size": 512,
+            "depths": (3, 3, 24, 3),
+            "halo_size": 4,
+            "r_v": 3.0,
+            "r_b": 2.75,
+            "num_features": 1536,
+        },
+        "halo_h7": {
+            **_PAPER,
+            "img_size": 600,
+            "depths": (3, 3, 26, 3),
+            "block_size": 10,
+            "r_v": 4.0,
+            "r_b": 3.5,
+            "num_features": 2048,
+        },
+        "halonet_26t": {**_HYBRID, "depths": (2, 2, 2, 2), "attention": ((), (), (1,), (0, 1)), "halo_size": 2},
+        "sehalonet_33ts": {
+            **_HYBRID,
+            "depths": (2, 3, 3, 2),
+            "attention": ((), (2,), (2,), (0, 1)),
+            "r_b": (4.0, 4.0, 4.0, 3.0),
+            "gate": "se",
+            "num_features": 1280,
+            "stem_pool": False,
+            "act_layer": "silu",
+        },
+        "halonet_50ts": {
+            **_HYBRID,
+            "depths": (3, 4, 6, 3),
+            "attention": ((), (3,), (1, 3, 5), (1,)),
+            "num_heads": (8, 4, 8, 8),
+            "act_layer": "silu",
+        },
+        "eca_halonext_26ts": {
+            **_HYBRID,
+            "depths": (2, 2, 2, 2),
+            "attention": ((), (), (1,), (0, 1)),
+            "halo_size": 2,
+            "head_dim": 16,
+            "group_width": 16,
+            "gate": "eca",
+            "act_layer": "silu",
+        },
+    },
+)
+register(
+    __name__,
+    HaloRegNetZ,
+    {
+        "halo_regnetz_b": {
+            "img_size": 224,
+            "embed_dim": 48,
+            "depths": (2, 6, 12, 2),
+            "attention": ((), (), (3, 7, 11), (0, 1)),
+            "num_heads": 8,
+            "block_size": 7,
+            "halo_size": 2,
+            "r_b": (1.0, 1.0, 1.0, 0.75),
+            "qk_ratio": 0.33,
+            "expansion": 3.0,
+            "group_width": 16,
+            "gate": "se",
+            "gate_ratio": 0.25,
+            "num_features": 1536,
+            "stem_dims": (32,),
+            "stem_kernel_size": 3,
+            "stem_stride": 2,
+            "first_stride": 2,
+            "act_layer": "silu",
+        },
+    },
+)
