@@ -7,6 +7,7 @@ Layout everywhere: (batch, height, width, heads, head_dim), any strides. `q` may
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import library  # noqa: F401  registers torch.ops.nearfield
+from . import library, plain  # noqa: F401  library registers torch.ops.nearfield
 from .library import unpack
 from .patterns import (
     Full,
@@ -49,7 +50,7 @@ __all__ = [
     "window_attention",
 ]
 
-BACKENDS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "plain", "triton")
 
 Bias = Tensor | tuple[Tensor, Tensor] | None
 
@@ -81,8 +82,16 @@ def use_backend(name: str | None) -> Iterator[None]:
         _chosen = before
 
 
+def _exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export` is tracing; asked without an import of torch.onnx, which PyTorch imports on use."""
+    return torch.compiler.is_exporting() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
 def _backend(asked: str | None, q: Tensor, v: Tensor, dropout_p: float) -> str:
-    """The backend of a call: the one that is named, else Triton for CUDA tensors that it takes, else stock PyTorch."""
+    """The backend of a call: the one that is named, else Triton for CUDA tensors that it takes, else stock PyTorch.
+
+    ONNX knows no op of ours: in an export to it, plain operations take the place of those two.
+    """
     names = (asked, _chosen, os.environ.get("NEARFIELD_BACKEND") or None)
     named = next((name for name in names if name is not None), None)
     if named is None:
@@ -92,6 +101,8 @@ def _backend(asked: str | None, q: Tensor, v: Tensor, dropout_p: float) -> str:
         reason = refusal(q, v) if _HAS_TRITON else "backend 'triton' needs the package triton, which is not installed"
         if reason is not None:
             raise ValueError(reason)
+    if named in ("torch", "triton") and _exporting_to_onnx():
+        return "plain"
     if named == "triton" and dropout_p > 0.0:
         if not torch.compiler.is_compiling():
             _say_once("attention dropout runs on the 'torch' backend: Triton's kernels have none")
@@ -131,8 +142,9 @@ def local_attention(
             unscaled. May have another dtype than q.
         scale: multiplies q . k; None means head_dim ** -0.5.
         dropout_p: dropout on the attention weights, in [0, 1).
-        backend: "reference", "torch", "triton" or None (choose). One that is named runs or raises; it never falls back,
-            but for dropout, which "triton" hands to "torch" with a notice.
+        backend: "reference", "torch", "plain", "triton" or None (choose). One that is named runs or raises; it never
+            falls back, but for dropout, which "triton" hands to "torch" with a notice, and for an export to ONNX, which
+            gets "plain" operations for a registered op.
 
     Returns:
         (B, H, W, heads, head_dim of v) in q's dtype, contiguous. Scores, softmax and sums are float32 or wider.
@@ -157,6 +169,9 @@ def local_attention(
         resolved = resolve(pattern, k.shape[1], k.shape[2])
         with own_precision(q.device):
             return reference_attention(q, k, v, resolved, table, rel_x, scale, dropout_p)
+    if backend == "plain":
+        with own_precision(q.device):
+            return plain.local_attention(*unpack(q, k, v), table, rel_x, pattern, scale, dropout_p)
     need_lse = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, table, rel_x))
     arguments = (q, k, v, table, rel_x, _seed(dropout_p), _spelled(pattern), scale, dropout_p, need_lse, backend)
     return torch.ops.nearfield.local_attention.default(*arguments)[0]
@@ -382,11 +397,14 @@ def routing_attention(
     qs, ks, vs = unpack(q, k, v)
     cut = cut_regions(qs.shape[1], qs.shape[2], regions, region_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    routes = route(qs, ks, cut, topk)
+    routes = route(qs, ks, cut, topk, for_onnx=_exporting_to_onnx())
     backend = _backend(backend, q, vs, dropout_p)
     if backend == "reference":
         with own_precision(q.device):
             return reference_routing(qs, ks, vs, routes, cut, pad == "zero", scale, dropout_p)
+    if backend == "plain":
+        with own_precision(q.device):
+            return plain.routing_attention(qs, ks, vs, routes, cut, pad == "zero", scale, dropout_p)
     size = [cut.size_y, cut.size_x]
     seed = _seed(dropout_p)
     arguments = (q, k, v, routes, seed, size, pad == "zero", scale, dropout_p, backend)

@@ -45,6 +45,8 @@ class TensorCache:
     def get(self, key: Hashable, build: Callable[[], Held], device: torch.device) -> Held:
         """The value of `key` on `device`, built on first use. One larger than the whole cache is built and not kept.
 
+        Nor is what an exporter's tracer builds: its tensors are symbols of one graph.
+
         What is used while a CUDA graph is captured is never freed: a replay would read freed memory.
 
         Raises:
@@ -61,7 +63,8 @@ class TensorCache:
                     "a CUDA graph is captured of a call that was not made before at this batch: run it once, eagerly"
                 )
             found = _built(build, device)
-            self._keep(key, found)
+            if all(type(t) is Tensor for t in _tensors(found)):
+                self._keep(key, found)
         if capturing:
             self._captured[id(found)] = found
         return cast(Held, found)

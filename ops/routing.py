@@ -96,11 +96,13 @@ def cut_regions(height: int, width: int, regions: Size | None, region_size: Size
     return Regions(height, width, ny, nx, size_y, size_x)
 
 
-def route(q: Tensor, k: Tensor, regions: Regions, topk: int) -> Tensor:
+def route(q: Tensor, k: Tensor, regions: Regions, topk: int, *, for_onnx: bool = False) -> Tensor:
     """(B, regions, topk) int64: the key regions of each query region, best first.
 
     Scores are dot products of region means over all channels, without heads, scale or gradient. Of equal scores the
     region that comes first in raster order wins.
+
+    ONNX has no stable sort, but its TopK has that rule for equal scores, as PyTorch's has not: `for_onnx` traces it.
 
     Raises:
         ValueError: topk is not in [1, regions].
@@ -109,6 +111,8 @@ def route(q: Tensor, k: Tensor, regions: Regions, topk: int) -> Tensor:
         raise ValueError(f"topk={topk} must be an int in [1, {regions.count}], the number of regions")
     with own_precision(q.device):
         scores = _means(q, regions) @ _means(k, regions).transpose(1, 2)
+    if for_onnx:
+        return scores.topk(topk, dim=-1).indices
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk].contiguous()
 
 

@@ -58,7 +58,7 @@ class TableScores(TileScores):
     def __init__(self, table: Tensor, resolved: Resolved, compute: torch.dtype) -> None:
         super().__init__(resolved, compute, table.device)
         self.like = table
-        flat = table.detach().flatten(1).to(compute)
+        flat = table.flatten(1).to(compute)
         self.table = torch.cat([flat, flat.new_full((flat.shape[0], 1), -torch.inf)], 1)
         self.masks: dict[tuple[TileShape, TileShape], Tensor] = {}
         self.sums: dict[tuple[TileShape, TileShape], Tensor] = {}
@@ -98,7 +98,7 @@ class PositionScores(TileScores):
     def __init__(self, table: Tensor, resolved: Resolved, compute: torch.dtype) -> None:
         super().__init__(resolved, compute, table.device)
         self.like = table
-        self.table = table.detach().flatten(1).to(compute)
+        self.table = table.flatten(1).to(compute)
         self.gradient = torch.zeros_like(self.table)
 
     def _index(self, block: Block, tile: Tile) -> Tensor:
@@ -132,7 +132,7 @@ class DecomposedScores(TileScores):
     def __init__(self, rel_y: Tensor, rel_x: Tensor, resolved: Resolved, compute: torch.dtype) -> None:
         super().__init__(resolved, compute, rel_y.device)
         self.like = (rel_y, rel_x)
-        self.rel = (rel_y.detach().to(compute), rel_x.detach().to(compute))
+        self.rel = (rel_y.to(compute), rel_x.to(compute))
         self.gradient = (torch.zeros_like(self.rel[0]), torch.zeros_like(self.rel[1]))
 
     def _index(self, shape: TileShape, which: int) -> Tensor:

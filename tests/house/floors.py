@@ -13,7 +13,7 @@ STRANGERS = {("ops", "checkpoints"), ("checkpoints", "ops")}
 # Within ops each room imports only from those before it.
 OPS_ROOMS = [
     "curves", "patterns", "cache", "bias", "tiles", "blocks", "scores", "tile_math", "routing", "reference",
-    "torch_tiles", "triton", "library", "attention",
+    "torch_tiles", "plain", "triton", "library", "attention",
 ]  # fmt: skip
 # What the lower floors may take from outside the standard library.
 OUTSIDE = {

@@ -528,9 +528,9 @@ def detached(arguments: Sequence[Any]) -> tuple:
 # --- how far from the truth -------------------------------------------------------------------------------------------
 
 
-def assert_exact(case: Case) -> None:
-    """The torch backend in float64 equals the reference to the last digits, in output and every gradient."""
-    for name, got, want in zip(case.names, case.run("torch"), case.run("reference"), strict=True):
+def assert_exact(case: Case, backend: str = "torch") -> None:
+    """A backend in float64 equals the reference to the last digits, in output and every gradient."""
+    for name, got, want in zip(case.names, case.run(backend), case.run("reference"), strict=True):
         assert got.dtype == want.dtype == torch.float64
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 

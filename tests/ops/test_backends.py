@@ -51,11 +51,14 @@ def test_every_pattern_is_among_the_cases() -> None:
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["torch", "plain"])
 @pytest.mark.parametrize(("pattern", "height", "width", "kind"), EVERY_KIND, ids=ident)
-def test_output_and_every_gradient_equal_the_reference(pattern: Pattern, height: int, width: int, kind: str) -> None:
-    assert_exact(make_case(pattern, height, width, kind, batch=3))
+def test_output_and_every_gradient_equal_the_reference(
+    pattern: Pattern, height: int, width: int, kind: str, backend: str
+) -> None:
+    assert_exact(make_case(pattern, height, width, kind, batch=3), backend)
     if query_stride(pattern) == (1, 1):
-        assert_exact(make_case(pattern, height, width, kind, packed=True))
+        assert_exact(make_case(pattern, height, width, kind, packed=True), backend)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,0 +1,100 @@
+"""Exported models: ONNX, torch.export, AOTInductor. One member of each family, whatever the registry holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nearfield
+import pytest
+import torch
+from nearfield.models import Backbone, catalog
+from nearfield.ops import use_backend
+from torch import Tensor, nn
+
+Small = Callable[..., Backbone]
+
+# the example's batch is 2: from 1 PyTorch concludes that it is always 1
+BATCH = ({0: torch.export.Dim("batch")},)
+
+
+def _one_of_each_family() -> list[str]:
+    """The small members for 32 x 32 images, and the first member of a family that has none."""
+    names = [variant.name for variant in catalog.variants() if variant.name.endswith("_nano")]
+    families = {variant.family.__module__ for variant in catalog.variants() if variant.name in names}
+    for variant in catalog.variants():
+        if variant.family.__module__ not in families:
+            families.add(variant.family.__module__)
+            names.append(variant.name)
+    return names
+
+
+every_family = pytest.mark.parametrize("name", _one_of_each_family())
+
+
+@pytest.fixture
+def model(name: str, small: Small) -> nn.Module:
+    """A model of the name whose every part matters, in evaluation mode."""
+    made = nearfield.create_model(name, num_classes=10) if name.endswith("_nano") else small(name)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return made.eval()
+
+
+def images(batch: int) -> Tensor:
+    # no multiple of any window: what a family pads is in the graph too
+    return torch.randn(batch, 3, 36, 44)
+
+
+def custom_ops(program: torch.export.ExportedProgram) -> set[str]:
+    calls = (node for node in program.graph.nodes if node.op == "call_function")
+    return {str(node.target) for node in calls if str(node.target).startswith("nearfield")}
+
+
+def assert_runs_any_batch(run: Callable[[Tensor], Tensor], model: nn.Module, tolerance: float) -> None:
+    for batch in (1, 2, 5):
+        x = images(batch)
+        with torch.no_grad():
+            expected = model(x)
+            error = (run(x) - expected).abs().max() / expected.abs().max()
+        assert error <= tolerance, f"batch {batch}: {error:.1e}"
+
+
+@every_family
+def test_onnx_holds_plain_operations_and_runs_any_batch(model: nn.Module, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+    path = tmp_path / "model.onnx"
+    program = torch.onnx.export(model, (images(2),), path, dynamo=True, dynamic_shapes=BATCH, verbose=False)
+    assert program is not None
+    assert {node.domain for node in program.model.graph} == {""}
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    assert given.shape == ["batch", 3, 36, 44]
+    assert_runs_any_batch(lambda x: torch.from_numpy(session.run(None, {given.name: x.numpy()})[0]), model, 1e-4)
+
+
+@every_family
+def test_torch_export_keeps_the_fused_op_and_runs_any_batch(model: nn.Module) -> None:
+    program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
+    assert custom_ops(program)
+    assert_runs_any_batch(program.module(), model, 1e-6)
+
+
+@every_family
+def test_the_plain_backend_exports_without_a_custom_op(model: nn.Module) -> None:
+    with use_backend("plain"):
+        program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
+    assert not custom_ops(program)
+    assert_runs_any_batch(program.module(), model, 1e-5)
+
+
+@pytest.mark.slow
+@every_family
+def test_aot_inductor_runs_any_batch(model: nn.Module, tmp_path: Path) -> None:
+    with torch.no_grad():
+        program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    assert_runs_any_batch(torch._inductor.aoti_load_package(package), model, 1e-5)
