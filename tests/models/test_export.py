@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nearfield
 import pytest
 import torch
 from nearfield.models import Backbone, catalog
-from nearfield.ops import use_backend
+from nearfield.ops import routing_attention, use_backend
 from torch import Tensor, nn
 
 Small = Callable[..., Backbone]
@@ -53,6 +54,17 @@ def custom_ops(program: torch.export.ExportedProgram) -> set[str]:
     return {str(node.target) for node in calls if str(node.target).startswith("nearfield")}
 
 
+def to_onnx(model: nn.Module, x: Tensor, folder: Path) -> Any:
+    """A session of onnxruntime with the exported model, in which every operation is one of ONNX's own."""
+    pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+    path = folder / "model.onnx"
+    program = torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=BATCH, verbose=False)
+    assert program is not None
+    assert {node.domain for node in program.model.graph} == {""}
+    return runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
 def assert_runs_any_batch(run: Callable[[Tensor], Tensor], model: nn.Module, tolerance: float) -> None:
     for batch in (1, 2, 5):
         x = images(batch)
@@ -64,16 +76,22 @@ def assert_runs_any_batch(run: Callable[[Tensor], Tensor], model: nn.Module, tol
 
 @every_family
 def test_onnx_holds_plain_operations_and_runs_any_batch(model: nn.Module, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
-    runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
-    path = tmp_path / "model.onnx"
-    program = torch.onnx.export(model, (images(2),), path, dynamo=True, dynamic_shapes=BATCH, verbose=False)
-    assert program is not None
-    assert {node.domain for node in program.model.graph} == {""}
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = to_onnx(model, images(2), tmp_path)
     (given,) = session.get_inputs()
     assert given.shape == ["batch", 3, 36, 44]
     assert_runs_any_batch(lambda x: torch.from_numpy(session.run(None, {given.name: x.numpy()})[0]), model, 1e-4)
+
+
+def test_onnx_routes_equal_scores_to_the_first_regions(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def forward(self, v: Tensor) -> Tensor:
+            return routing_attention(torch.zeros_like(v), torch.zeros_like(v), v, (4, 4), 3)
+
+    v = torch.randn(2, 8, 8, 1, 4)
+    session = to_onnx(Tied(), v, tmp_path)
+    (got,) = session.run(None, {session.get_inputs()[0].name: v.numpy()})
+    expected = v[:, :2, :6].mean((1, 2), keepdim=True).expand(v.shape)
+    torch.testing.assert_close(torch.from_numpy(got), expected)
 
 
 @every_family
