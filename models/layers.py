@@ -6,7 +6,8 @@ cannot use as it is, it zero-pads at the right and bottom, as the published code
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -260,7 +261,30 @@ class Stage(nn.Module):
         x = self.downsample(x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint_block(block, x)
             else:
                 x = block(x)
         return x
+
+
+def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)``, computed again in the backward pass; batch norms count a batch once."""
+    if torch.compiler.is_compiling():
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _nothing_counted(block)))
+
+
+@contextmanager
+def _nothing_counted(block: nn.Module) -> Iterator[None]:
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    counted = [(norm.num_batches_tracked, norm.momentum) for norm in norms]
+    before = [None if counter is None else counter.clone() for counter, _ in counted]
+    for norm in norms:  # not switched off: they would save other tensors than before, which a checkpoint refuses
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (counter, momentum), batches in zip(norms, counted, before, strict=True):
+            norm.momentum = momentum
+            if counter is not None and batches is not None:
+                counter.copy_(batches)
