@@ -176,7 +176,7 @@ class LocalAttention(nn.Module):
         return height, width
 
     def pattern(self, height: int, width: int) -> Pattern:
-        """Pattern for a (padded) map."""
+        """Pattern for a map of that size before it is padded."""
         raise NotImplementedError
 
     def position_bias(self, height: int, width: int) -> Tensor:
@@ -192,7 +192,7 @@ class LocalAttention(nn.Module):
             qkv,
             None,
             None,
-            self.pattern(height, width),
+            self.pattern(H, W),
             bias=self.position_bias(height, width),
             dropout_p=self.attn_drop if self.training else 0.0,
         )

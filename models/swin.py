@@ -25,11 +25,20 @@ def shifted_windows(window_size: Pair, shifted: bool) -> dict[tuple[bool, bool],
     return {(tall, wide): Window(window_size, (y * tall, x * wide)) for tall in (False, True) for wide in (False, True)}
 
 
+def shifted_axes(tall: bool, wide: bool, *, exact: bool) -> tuple[bool, bool]:
+    """Which axes of a map are shifted, from which are longer than one window.
+
+    exact: the map is a multiple of the window. The classifier, which is defined on those alone, shifts both axes or
+    none; the detection code, which pads the others, each for itself.
+    """
+    return (tall and wide, tall and wide) if exact else (tall, wide)
+
+
 class WindowAttention(LocalAttention):
     """Attention in (shifted) windows with a learned table.
 
     The map is zero-padded at the right and bottom to a multiple of the window before the qkv projection, unmasked, and
-    shifted after that, as in Microsoft's detection code. An axis that is one window long is not shifted.
+    shifted after that, as in Microsoft's detection code. What is one window long is not shifted (see `shifted_axes`).
 
     Args:
         dim, num_heads, **options: as in ``LocalAttention``.
@@ -56,8 +65,9 @@ class WindowAttention(LocalAttention):
         return height + -height % self.window_size[0], width + -width % self.window_size[1]
 
     def pattern(self, height: int, width: int) -> Window:
-        """Windows of a map whose sides are multiples of the window."""
-        return self.windows[height > self.window_size[0], width > self.window_size[1]]
+        """Windows of a map, shifted or not."""
+        long = (size > window for size, window in zip(self.padded(height, width), self.window_size, strict=True))
+        return self.windows[shifted_axes(*long, exact=self.padded(height, width) == (height, width))]
 
 
 class Swin(LocalTransformer):

@@ -21,7 +21,7 @@ from ..ops import Window, local_attention
 from .derived import Derived
 from .layers import Block, NormLayer, Pair, PatchMerging, PatchStem, Size, per_stage, to_pair
 from .registry import register
-from .swin import fitted_windows, shifted_windows
+from .swin import fitted_windows, shifted_axes, shifted_windows
 from .transformer import LocalTransformer
 
 LARGEST_SCALE = 100.0
@@ -34,7 +34,7 @@ class CosineWindowAttention(nn.Module):
     score = min(exp(logit_scale), 100) * cos(q, k) + 16 * sigmoid(cpb_mlp(log-spaced (query - key)))
 
     Any map is taken as it is: windows are cut at its border. The published model is not defined on maps that are no
-    multiple of the window. An axis that is no longer than the window is not shifted.
+    multiple of the window. What is no longer than the window is not shifted (see `shifted_axes`).
 
     Args:
         dim: channels in and out.
@@ -94,7 +94,9 @@ class CosineWindowAttention(nn.Module):
 
     def pattern(self, height: int, width: int) -> Window:
         """Windows of a map of any size."""
-        return self.windows[height > self.window_size[0], width > self.window_size[1]]
+        (y, x), (window_y, window_x) = (height, width), self.window_size
+        exact = y % window_y == 0 and x % window_x == 0
+        return self.windows[shifted_axes(y > window_y, x > window_x, exact=exact)]
 
     def bias_table(self) -> Tensor:
         """The table (heads, 2*wy-1, 2*wx-1) of key - query, float32 or wider; differentiable.
