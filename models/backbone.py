@@ -9,6 +9,7 @@ over; all the rest (features, classifier, layer decay, checkpointing, published 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, ClassVar
 
 from timm.layers import ClassifierHead, trunc_normal_
@@ -128,7 +129,14 @@ class Backbone(LoadsPublished):
     def _resize_attention(self, img_size: Pair, **sizes: Any) -> None:
         """The family's part of ``set_input_size``; sizes that are absent or None stay as they are."""
         if sizes:
-            raise ValueError(f"{type(self).__name__}.set_input_size takes img_size only, got {', '.join(sizes)}")
+            resizes = [
+                vars(base)["_resize_attention"] for base in type(self).__mro__ if "_resize_attention" in vars(base)
+            ]
+            known = {p.name for resize in resizes for p in signature(resize).parameters.values()}
+            known -= {"self", "sizes", "others"}
+            raise ValueError(
+                f"{type(self).__name__}.set_input_size takes {', '.join(sorted(known))}, got {', '.join(sizes)}"
+            )
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups: the stem, each block (each stage when ``coarse``), the rest.

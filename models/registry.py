@@ -95,15 +95,24 @@ def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Modul
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         own = "feature_cls" not in kwargs
         state = _read_for_timm(variant.name, kwargs) if pretrained else None
-        model = build_model_with_cfg(
-            variant.family,
-            variant.name,
-            pretrained and state is None,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            # None: all stages, where timm would take five
-            feature_cfg={"feature_cls": Features, "out_indices": None} if own else {},
-            **{**variant.kwargs, **kwargs},
-        )
+        try:
+            model = build_model_with_cfg(
+                variant.family,
+                variant.name,
+                pretrained and state is None,
+                pretrained_filter_fn=checkpoint_filter_fn,
+                # None: all stages, where timm would take five
+                feature_cfg={"feature_cls": Features, "out_indices": None} if own else {},
+                **{**variant.kwargs, **kwargs},
+            )
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None:
+                raise
+            names = _arguments(variant.family)
+            close = difflib.get_close_matches(unknown[1], names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(names))}"
+            raise UnknownArgument(f"{variant.name} takes no argument {unknown[1]!r}: {hint}") from error
         if state is not None:
             _load(model, state)
         return model
@@ -188,16 +197,7 @@ def create_model(
         _warn_about_twin(str(source), base)
         state = checkpoints.read(checkpoints.resolve(source, cache_dir=kwargs.get("cache_dir")))
         kwargs = {**published_options(state, variant.family), **kwargs}
-    try:
-        model = _ENTRYPOINTS[base](pretrained=by_timm, **kwargs)
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None:
-            raise
-        names = _arguments(variant.family)
-        close = difflib.get_close_matches(unknown[1], names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(names))}"
-        raise UnknownArgument(f"{base} takes no argument {unknown[1]!r}: {hint}") from error
+    model = _ENTRYPOINTS[base](pretrained=by_timm, **kwargs)
     # timm writes these beside exported weights
     args = {key: value for key, value in kwargs.items() if key not in ("pretrained_cfg", "cache_dir")}
     vars(model)["_model_args"] = args
@@ -214,11 +214,14 @@ def _warn_about_twin(source: str, name: str) -> None:
 
 
 def _arguments(family: type[Backbone]) -> set[str]:
-    """Names of the constructor arguments of a family and its bases."""
-    found = [
-        inspect.signature(base.__init__).parameters.values() for base in family.__mro__ if issubclass(base, Backbone)
-    ]
-    return {p.name for parameters in found for p in parameters if p.kind is p.KEYWORD_ONLY}
+    """Names of the constructor arguments of a family, and of its bases where it hands them what it does not know."""
+    names: set[str] = set()
+    for base in family.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        names |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names
 
 
 def _default_cfg(name: str, tag: str) -> dict[str, Any]:

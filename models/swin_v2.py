@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..checkpoints import Layout, Rule
 from ..ops import Window, local_attention
@@ -110,7 +110,6 @@ class CosineWindowAttention(nn.Module):
 
     def _table(self) -> Tensor:
         device, dtype = self.logit_scale.device, _wide(self.logit_scale.dtype)
-        weight, bias, last = (p.to(dtype) for p in self.cpb_mlp.parameters())
         normalisers = self.pretrained_window_size or self.window_size
         y, x = (
             log_displacements(window, normaliser, device, dtype)
@@ -119,16 +118,20 @@ class CosineWindowAttention(nn.Module):
         # rounded to half precision, an entry of up to 16 would be off by more than most differences between entries
         with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
             places = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)
-            table = F.linear(F.linear(places, weight, bias).relu(), last)
+            if self.logit_scale.dtype == dtype:
+                table = self.cpb_mlp(places)
+            else:
+                table = functional_call(
+                    self.cpb_mlp, {name: p.to(dtype) for name, p in self.cpb_mlp.named_parameters()}, places
+                )
         return 16 * table.permute(2, 0, 1).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        bias = None
+        qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.unbind(3)
+            qkv = qkv + torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(qkv.dtype)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         scale = self.logit_scale.to(_wide(q.dtype)).clamp(max=math.log(LARGEST_SCALE)).exp()
         out = local_attention(
             (unit(q) * scale.flatten(1)).to(v.dtype),

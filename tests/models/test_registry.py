@@ -151,3 +151,26 @@ def test_arguments_of_the_constructor_pass_through() -> None:
     assert model.feature_info[-1]["num_chs"] == 256
     with pytest.raises(TypeError, match="kernel"):
         nearfield.create_model("nat_mini", kernel=5)
+
+
+@pytest.mark.parametrize("make", [nearfield.create_model, timm.create_model])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("swinv2_nano", "strict_img_size"),
+        ("halonet_nano", "head"),
+        ("maxvit_nano", "patch_size"),
+        ("swin_nano", "heads"),
+    ],
+)
+def test_an_argument_that_no_family_takes_is_one_line_at_every_door(make: Any, name: str, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} takes no argument '{argument}': ") as caught:
+        make(name, **{argument: 3})
+    assert "\n" not in str(caught.value)
+    assert f"did you mean {argument}?" not in str(caught.value)
+
+
+def test_sizes_that_a_family_does_not_take_are_named_beside_those_that_it_does() -> None:
+    for name, known in (("biformer_nano", "img_size, regions"), ("hnt_nano", "img_size, kernel_size")):
+        with pytest.raises(ValueError, match=rf"\.set_input_size takes {known}, got window_sizes$"):
+            nearfield.create_model(name).set_input_size(64, window_sizes=3)

@@ -337,3 +337,13 @@ def test_networks_of_22k_models_are_normalised_to_their_pre_training(name: str) 
 def test_impossible_arguments_are_named(kwargs: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word), torch.device("meta"):
         SwinV2(**kwargs)
+
+
+def test_projections_are_called_as_modules() -> None:
+    """So that hooks, adapters and quantised layers in their place take part."""
+    attn, seen = attention().eval(), []
+    for module in (attn.qkv, attn.proj, attn.cpb_mlp, attn.cpb_mlp[0]):
+        module.register_forward_hook(lambda module, args, out: seen.append(module))
+    with torch.no_grad():
+        attn(torch.randn(1, 8, 8, 16))
+    assert set(seen) == {attn.qkv, attn.proj, attn.cpb_mlp, attn.cpb_mlp[0]}
