@@ -51,18 +51,28 @@ def fit_state_dict(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Te
     if layout is not None:
         _logger.debug("converted %d keys from the %s layout", len(state), layout.name)
     resized: Counter[str] = Counter()
+    tables = [
+        name
+        for name, want in expected.items()
+        if name.endswith(TABLE) and name in fitted and _another_size(fitted[name].shape, want)
+    ]
     # a file of another model is left as it is, for the error to name what the file really holds
     ours = all(name in fitted for name in expected if not name.startswith(CLASSIFIER))
-    for name, table in fitted.items() if ours else ():
-        want = expected.get(name)
-        if want is not None and name.endswith(TABLE) and _another_size(table.shape, want):
-            with torch.no_grad():
-                fitted[name] = resize_table(table, (want[1], want[2]))
-            resized[f"{table.shape[1]}x{table.shape[2]} to {want[1]}x{want[2]}"] += 1
+    for name in tables if tables and ours and not _of_another_family(state, model) else ():
+        table, want = fitted[name], expected[name]
+        with torch.no_grad():
+            fitted[name] = resize_table(table, (want[1], want[2]))
+        resized[f"{table.shape[1]}x{table.shape[2]} to {want[1]}x{want[2]}"] += 1
     if resized:
         sizes = ", ".join(f"{count} from {change}" for change, count in resized.items())
         _logger.warning("resized relative position tables bicubically: %s", sizes)
     return fitted
+
+
+def _of_another_family(state: Mapping[str, Tensor], model: Backbone) -> bool:
+    """Whether models fit a file, but none of this family: Swin's and HWT's keys differ in the size of tables alone."""
+    families = [variant.family for name in models_that_fit(state) if (variant := catalog.get(name)) is not None]
+    return bool(families) and not any(isinstance(model, family) for family in families)
 
 
 def _another_size(shape: torch.Size, want: torch.Size) -> bool:

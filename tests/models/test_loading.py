@@ -270,3 +270,15 @@ def test_a_pruned_model_takes_one_size_for_each_stage_it_was_made_with() -> None
     features = nearfield.create_model("nat_nano", features_only=True, out_indices=(0,))
     features.set_input_size(kernel_size=(7, 5, 3))
     assert features.backbone.stages[0].blocks[0].attn.kernel_size == (7, 7)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("swin_nano", "hwt_nano"), ("hwt_nano", "swin_nano")])
+def test_a_file_whose_tables_are_those_of_another_family_is_not_resized(theirs: str, ours: str, tmp_path: Path) -> None:
+    state = nearfield.create_model(theirs, num_classes=10).state_dict()
+    model = nearfield.create_model(ours, num_classes=10)
+    assert {key for key in state if "rel_pos" not in key} == {key for key in model.state_dict() if "rel_pos" not in key}
+    with pytest.raises(RuntimeError, match=f"does not fit {ours}: .*it fits {theirs}"):
+        model.load_state_dict(state)
+    checkpoints.save(state, tmp_path / "file.safetensors")
+    with pytest.raises(checkpoints.CheckpointError, match=f"it fits {theirs}"):
+        nearfield.create_model(ours, checkpoint_path=tmp_path / "file.safetensors")
