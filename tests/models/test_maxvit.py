@@ -270,7 +270,7 @@ def test_attention_at_any_size_is_padded_and_masked(size: tuple[int, int], parti
         same.append(group[None] == group[:, None])
         place = steps(n, cell, partition)[where]
         places.append((place[None] - place[:, None] + cell - 1).clamp(0, 2 * cell - 2))
-    bias = attn.position_bias()[:, places[0], places[1]]
+    bias = attn.position_bias(H, W)[:, places[0], places[1]]
     q, k, v = attn.qkv(x).reshape(2, H * W, 3, 2, 8).permute(2, 0, 3, 1, 4)
     scores = (q @ k.transpose(-1, -2) * 8**-0.5 + bias).masked_fill(~(same[0] & same[1]), float("-inf"))
     expected = attn.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, H, W, 16))
@@ -279,7 +279,7 @@ def test_attention_at_any_size_is_padded_and_masked(size: tuple[int, int], parti
 
 def test_the_mlps_table_is_odd_in_nothing_but_the_logarithm_of_the_displacement() -> None:
     attn = LogMlpAttention(32, 2, Window, (3, 5)).eval()
-    table = attn.position_bias()
+    table = attn.position_bias(3, 5)
     assert table.shape == (2, 5, 9)
     for dy, dx in ((0, 0), (2, -4), (-1, 3)):
         point = torch.tensor([-dy, -dx], dtype=torch.float32)
