@@ -66,8 +66,9 @@ class WindowAttention(LocalAttention):
 
     def pattern(self, height: int, width: int) -> Window:
         """Windows of a map, shifted or not."""
-        long = (size > window for size, window in zip(self.padded(height, width), self.window_size, strict=True))
-        return self.windows[shifted_axes(*long, exact=self.padded(height, width) == (height, width))]
+        y, x = self.padded(height, width)
+        exact = (y, x) == (height, width)
+        return self.windows[shifted_axes(y > self.window_size[0], x > self.window_size[1], exact=exact)]
 
 
 class Swin(LocalTransformer):

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from . import library, plain  # noqa: F401  library registers torch.ops.nearfield
 from .library import unpack
+from .notices import say_once
 from .patterns import (
     Full,
     Grid,
@@ -105,14 +105,9 @@ def _backend(asked: str | None, q: Tensor, v: Tensor, dropout_p: float) -> str:
         return "plain"
     if named == "triton" and dropout_p > 0.0:
         if not torch.compiler.is_compiling():
-            _say_once("attention dropout runs on the 'torch' backend: Triton's kernels have none")
+            say_once("attention dropout runs on the 'torch' backend: Triton's kernels have none", stacklevel=4)
         return "torch"
     return named
-
-
-@cache
-def _say_once(notice: str) -> None:
-    warnings.warn(notice, stacklevel=4)
 
 
 # --- the operators --------------------------------------------------------------------------------------------------

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from threading import Lock
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from .notices import say_once
 
 __all__ = ["SCHEDULES", "Held", "Sized", "TensorCache"]
 
@@ -89,7 +89,7 @@ class TensorCache:
         for device in {t.device for _, value in dropped for t in _tensors(value) if t.device.type == "cuda"}:
             torch.cuda.synchronize(device)  # kernels of any stream may still read what is freed now
         if again:
-            _say_once(
+            say_once(
                 f"nearfield's schedules take more than {self.max_bytes >> 20} MB and are made again and again: "
                 "raise nearfield.ops.cache.SCHEDULES.max_bytes, or use fewer sizes and patterns in turn"
             )
@@ -118,11 +118,6 @@ class TensorCache:
 
 def _tensors(value: Tensor | Sized) -> Sequence[Tensor]:
     return (value,) if isinstance(value, Tensor) else value.tensors
-
-
-@cache
-def _say_once(notice: str) -> None:
-    warnings.warn(notice, stacklevel=2)
 
 
 def _built(build: Callable[[], Held], device: torch.device) -> Held:

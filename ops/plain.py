@@ -126,11 +126,9 @@ def routing_attention(
         taken = t.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, *routes.shape[1:]))
         return taken.flatten(2, 3).transpose(2, 3)
 
-    mask = None
-    if not zero_pad and any(regions.padding):
-        absent = ~regions.present(q.device)[routes].flatten(2)
-        mask = torch.zeros(absent.shape, dtype=compute, device=q.device).masked_fill(absent, -torch.inf)[
-            :, :, None, None
-        ]
+    mask, absent = None, regions.absent(zero_pad, q.device)
+    if absent is not None:
+        unseen = absent[routes].flatten(2)[:, :, None, None]
+        mask = torch.zeros(unseen.shape, dtype=compute, device=q.device).masked_fill(unseen, -torch.inf)
     out = _attend(qs.transpose(2, 3), chosen(ks), chosen(vs), mask, scale, dropout_p)
     return regions.join(out.transpose(2, 3)).to(q.dtype).contiguous()

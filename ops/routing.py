@@ -73,6 +73,10 @@ class Regions:
         ones = torch.ones(1, self.height, self.width, 1, 1, dtype=torch.uint8, device=device)
         return self.cut(ones).view(self.count, self.tokens).bool()
 
+    def absent(self, zero_pad: bool, device: torch.device) -> Tensor | None:
+        """(regions, tokens) bool: slots that are no keys; None where all are, as those that are padded with zeros."""
+        return None if zero_pad or not any(self.padding) else ~self.present(device)
+
 
 def cut_regions(height: int, width: int, regions: Size | None, region_size: Size | None) -> Regions:
     """Regions of a map, from their number (ny, nx) or from their size.
@@ -182,7 +186,7 @@ def forward(
     qs, ks, vs = (regions.cut(t) for t in (q, k, v))
     out = qs.new_empty(*qs.shape[:4], v.shape[4])
     lse = torch.empty(q.shape[0], q.shape[3], regions.count, regions.tokens, dtype=compute, device=q.device)
-    absent = None if zero_pad or not any(regions.padding) else ~regions.present(q.device)
+    absent = regions.absent(zero_pad, q.device)
     for b, part in _chunks(q, routes, regions):
         chosen = routes[b, part]
         kt, vt = (_gather(t[b], chosen).to(compute).transpose(1, 2) for t in (ks, vs))
@@ -210,7 +214,7 @@ def backward(
     def tokens_first(t: Tensor) -> Tensor:
         return t.unflatten(0, (-1, q.shape[3])).transpose(1, 2)
 
-    absent = None if zero_pad or not any(regions.padding) else ~regions.present(q.device)
+    absent = regions.absent(zero_pad, q.device)
     for b, part in _chunks(q, routes, regions):
         chosen = routes[b, part]
         mask = _mask(absent, chosen, compute)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ def atlas(site: Site, table: Tensor, entry: Tensor) -> Tensor:
     return made
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def _launcher(kernel: str, device: torch.device, dtype: torch.dtype | None = None, **constants: int) -> Launcher:
     """One for every kernel, device, dtype of the table it reads, and set of constants."""
     return Launcher(constants)

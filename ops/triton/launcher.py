@@ -13,9 +13,9 @@ __all__ = ["Launcher"]
 class Launcher:
     """Launches a kernel at one site.
 
-    Triton finds the code of a launch by specialising all of its arguments anew, which takes longer than everything
-    else that the host does for a call. At one site they specialise alike: dtypes, strides and the alignment of
-    pointers are those of the site, and sizes are not specialised on (`primitives.SIZES`). So compiled code is kept.
+    Triton finds the code of a launch by specialising all of its arguments anew. At one site they specialise alike:
+    dtypes, strides and the alignment of pointers are those of the site, and sizes are not specialised on
+    (`primitives.SIZES`). So compiled code is kept.
 
     Attributes:
         constants: of the kernel, and Triton's options, by name.

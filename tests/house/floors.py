@@ -12,7 +12,7 @@ FLOORS = {"ops": 0, "checkpoints": 0, "models": 1, "engine": 2, "train": 3, "eva
 STRANGERS = {("ops", "checkpoints"), ("checkpoints", "ops")}
 # Within ops each room imports only from those before it.
 OPS_ROOMS = [
-    "curves", "patterns", "cache", "bias", "tiles", "blocks", "scores", "tile_math", "routing", "reference",
+    "curves", "patterns", "notices", "cache", "bias", "tiles", "blocks", "scores", "tile_math", "routing", "reference",
     "torch_tiles", "plain", "triton", "library", "attention",
 ]  # fmt: skip
 # What the lower floors may take from outside the standard library.

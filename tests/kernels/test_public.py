@@ -15,7 +15,6 @@ from kernel_helpers import everywhere
 from nearfield.ops import (
     Neighborhood,
     Window,
-    attention,
     grid_attention,
     halo_attention,
     hilbert_neighborhood_attention,
@@ -26,6 +25,7 @@ from nearfield.ops import (
     use_backend,
     window_attention,
 )
+from nearfield.ops.notices import say_once
 from torch import Tensor
 
 Launched = list[tuple[str, dict[str, Any]]]
@@ -212,7 +212,7 @@ def test_wrong_shapes_are_refused_as_by_the_other_backends(device: torch.device)
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet() -> None:
-    attention._say_once.cache_clear()
+    say_once.cache_clear()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from nearfield.ops import HilbertWindow, Neighborhood, cache, local_attention
-from nearfield.ops.cache import TensorCache, _say_once
+from nearfield.ops.cache import TensorCache
+from nearfield.ops.notices import say_once
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -85,7 +86,7 @@ def test_what_is_made_again_and_again_is_said_once() -> None:
         cache.get("b", kilobyte, device)
         cache.get("too large", lambda: torch.zeros(1024), device)
         assert cache.get("b", kilobyte, device) is cache.get("b", kilobyte, device)
-    _say_once.cache_clear()
+    say_once.cache_clear()
     for again in ("a", "too large"):
         with pytest.warns(UserWarning, match="made again and again: raise .*max_bytes"):
             cache.get(again, kilobyte if again == "a" else lambda: torch.zeros(1024), device)
@@ -93,7 +94,7 @@ def test_what_is_made_again_and_again_is_said_once() -> None:
             warnings.simplefilter("error")
             cache.get("b", kilobyte, device)
             cache.get("a", kilobyte, device)
-        _say_once.cache_clear()
+        say_once.cache_clear()
 
 
 def test_clear_forgets_everything() -> None:
