@@ -42,9 +42,9 @@ def read_image(path: str | Path, channels: int = 3, *, upright: bool = True) -> 
 
 def open_picture(file: str | Path | IO[bytes], mode: str, *, upright: bool) -> Image.Image:
     """The picture in a file, loaded, in one of the `MODES`. Raises whatever Pillow raises."""
-    image = Image.open(file)
-    image.load()
-    image = as_eight_bits(image)  # before turning: a turned picture no longer says which format it came from
+    opened = Image.open(file)
+    opened.load()
+    image = as_eight_bits(opened)  # before turning: a turned picture no longer says which format it came from
     return as_mode(turned(image) if upright else image, mode)
 
 

@@ -1,7 +1,7 @@
 """Scenes of handwritten digits: real images for detection and segmentation that need no download.
 
-Every scene is a canvas of faint texture on which some of scikit-learn's digits lie, enlarged and partly over one another.
-It is written as data sets usually come: pictures, COCO annotations, and class maps in folders.
+Every scene is a canvas of faint texture on which some of scikit-learn's digits lie, enlarged and partly over one
+another. It is written as data sets usually come: pictures, COCO annotations, and class maps in folders.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write_scenes(
 
     The folder holds, for SPLIT of `train` and `val`:
         images/SPLIT/000000.png: RGB, size x size.
-        annotations/instances_SPLIT.json: COCO, boxes and masks of what is seen of each digit; category d + 1 is digit d.
+        annotations/instances_SPLIT.json: COCO; boxes and masks of what is seen of each digit; category d + 1 is d.
         annotations/SPLIT/000000.png: class map, 0 background, d + 1 digit d.
         classes.txt: the classes of the maps, one a line, in the order of their values.
     The digits of `val` are those that `data=digits` holds out. Processes that start together may each draw the scenes;
@@ -79,8 +79,8 @@ def write_scenes(
     """
     if min(count_train, count_val) < 1 or size < 64 or seed < 0:
         raise ValueError(
-            f"scenes: count_train={count_train}, count_val={count_val}, size={size}, seed={seed}: counts are at least 1, "
-            "the size at least 64, the seed at least 0"
+            f"scenes: count_train={count_train}, count_val={count_val}, size={size}, seed={seed}: "
+            "counts are at least 1, the size at least 64, the seed at least 0"
         )
     wanted = _Parameters(count_train, count_val, size, seed)
     target = Path(root) / wanted.folder
