@@ -1,0 +1,1 @@
+"""Detection and segmentation data: reading pictures and annotations, transforms, metrics, inference, drawing."""
