@@ -1,1 +1,1 @@
-"""Detection and segmentation: data, transforms, metrics, inference and drawing."""
+"""Detection and segmentation data: reading pictures and annotations, transforms, metrics, inference, drawing."""
