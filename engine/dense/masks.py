@@ -115,7 +115,11 @@ class MaskSet(torch.utils.data.Dataset):
         image: Any = read_image(pair.image, self.channels)
         mask: Any = self.mask(index)
         if image.shape[-2:] != mask.shape:
-            raise _sizes_differ(pair, image.shape[-2:], mask.shape)
+            # labelled on the stored pixels: the tool did not look at the EXIF orientation
+            stored = read_image(pair.image, self.channels, upright=False)
+            if stored.shape[-2:] != mask.shape:
+                raise _sizes_differ(pair, image.shape[-2:], mask.shape)
+            image = stored
         if self.transform is not None:
             image, mask = self.transform(image, mask)
         return image, mask.to(torch.int64)  # 8 bits through the transforms, 64 for the loss
@@ -268,8 +272,7 @@ def _ranges(values: np.ndarray) -> str:
 
 def _sizes_differ(pair: Pair, image: Sequence[int], mask: Sequence[int]) -> DataError:
     (height, width), (rows, columns) = image, mask
-    turned = ", which is the image before it is turned as its EXIF says" if (height, width) == (columns, rows) else ""
     return DataError(
-        f"{pair.mask}: the mask has {columns}x{rows} pixels{turned}, its image {pair.image} {width}x{height}: "
+        f"{pair.mask}: the mask has {columns}x{rows} pixels, its image {pair.image} {width}x{height}: "
         "a mask has a label for each pixel of its image"
     )

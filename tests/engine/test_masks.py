@@ -13,6 +13,7 @@ import pytest
 import torch
 from nearfield.engine.dense import classes
 from nearfield.engine.dense.masks import MaskSet
+from nearfield.engine.dense.scenes import MAP_CLASSES, write_scenes
 from nearfield.engine.errors import ConfigError, DataError
 from PIL import Image
 from torchvision import tv_tensors
@@ -249,13 +250,21 @@ def test_sizes_that_differ_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         data[1]
     one_line(error, data.pairs[1].image, data.pairs[1].mask, "31x20", "12x10")
-    turned = Image.fromarray(np.zeros((*SIZE, 3), np.uint8))
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    turned.save(data.pairs[1].image, exif=exif)
-    with pytest.raises(DataError) as error:
-        data[1]
-    one_line(error, "EXIF")
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_masks_of_turned_photographs_fit_as_seen_or_as_stored(tmp_path: Path, upright: bool) -> None:
+    root = folder(tmp_path, (0, 1, 2), count=1)
+    values = np.zeros((*SIZE, 3), np.uint8)
+    values[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # seen after a quarter turn clockwise
+    Image.fromarray(values).save(root / "images" / "train" / "0.png", exif=exif)
+    if upright:
+        Image.fromarray(np.zeros(SIZE[::-1], np.uint8)).save(root / "masks" / "train" / "0.png")
+    image, mask = MaskSet(root, num_classes=3)[0]
+    assert image.shape[-2:] == mask.shape == (SIZE[::-1] if upright else SIZE)
+    assert image[0].nonzero().tolist() == ([[0, SIZE[0] - 1]] if upright else [[0, 0]])
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
@@ -371,6 +380,16 @@ def test_arguments_that_contradict_are_named(tmp_path: Path, arguments: dict[str
 def test_class_names_of_another_number_than_the_layout_s_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 names, but ade20k has 150"):
         MaskSet(ade20k(tmp_path), layout="ade20k", class_names=["a", "b"])
+
+
+def test_the_scenes_of_digits_are_a_plain_folder(tmp_path: Path) -> None:
+    root = write_scenes(tmp_path, count_train=3, count_val=2, size=64)
+    train, val = MaskSet(root, "train"), MaskSet(root, "val")
+    assert (len(train), len(val), train.num_classes) == (3, 2, 11)
+    assert train.class_names == MAP_CLASSES
+    image, mask = train[0]
+    assert image.shape == (3, 64, 64)
+    assert int(mask.max()) in range(1, 11)
 
 
 def test_gray_images_one_pixel_and_workers(tmp_path: Path) -> None:
