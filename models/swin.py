@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from ..checkpoints import FlippedTable, Layout, Rule
 from ..ops import Window
 from .layers import LocalAttention, Pair, PatchMerging, PatchStem, Size, per_stage, to_pair
@@ -83,6 +85,7 @@ class Swin(LocalTransformer):
 
     stem_type = PatchStem
     downsample_type = PatchMerging
+    out_norm = nn.LayerNorm  # Swin-Transformer-Object-Detection, mmdet/models/backbones/swin_transformer.py
     layouts = (
         Layout(
             name="microsoft",
