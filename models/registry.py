@@ -121,7 +121,7 @@ def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Modul
             hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(names))}"
             raise UnknownArgument(f"{variant.name} takes no argument {unknown[1]!r}: {hint}") from error
         if state is not None:
-            _load(model, state)
+            load_weights(model, state)
         return model
 
     create.__name__ = create.__qualname__ = variant.name
@@ -144,7 +144,7 @@ def _read_for_timm(name: str, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | 
     return checkpoints.read(checkpoints.resolve(str(cfg.url), cache_dir=kwargs.get("cache_dir")))
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a file's weights, adapted to the classes and channels of the model; CheckpointMismatch if they differ."""
     backbone = model.backbone if isinstance(model, Features) else model
     assert isinstance(backbone, Backbone)
@@ -205,23 +205,26 @@ def create_model(
     kwargs.setdefault("pretrained_cfg", _default_cfg(base, tag))
     state = None
     if source:
-        _warn_about_twin(str(source), base)
-        state = checkpoints.read(checkpoints.resolve(source, cache_dir=kwargs.get("cache_dir")))
+        state = read_weights(source, base, cache_dir=kwargs.get("cache_dir"))
         kwargs = {**published_options(state, variant.family), **kwargs}
     model = _ENTRYPOINTS[base](pretrained=by_timm, **kwargs)
     # timm writes these beside exported weights
     args = {key: value for key, value in kwargs.items() if key not in ("pretrained_cfg", "cache_dir")}
     vars(model)["_model_args"] = args
     if state is not None:
-        _load(model, state)
+        load_weights(model, state)
     return model
 
 
-def _warn_about_twin(source: str, name: str) -> None:
-    """Say so when a published file is that of another model: NAT and DiNAT differ in nothing that a file stores."""
-    entry = checkpoints.find(source)
+def read_weights(source: str | Path, name: str, *, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """The state dict of a backbone that ``source`` means (see ``checkpoints.resolve``), for the model ``name``.
+
+    Says so when a published file is that of another model: NAT and DiNAT differ in nothing that a file stores.
+    """
+    entry = checkpoints.find(str(source))
     if entry is not None and entry.model != name:
         _logger.warning("%s was published for %s and is loaded into %s", entry.file, entry.model, name)
+    return checkpoints.read(checkpoints.resolve(source, cache_dir=cache_dir))
 
 
 def _arguments(family: type[Backbone]) -> set[str]:

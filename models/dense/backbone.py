@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from .. import catalog
-from ..registry import create_model
+from ..loading import convert_on_load
+from ..registry import create_model, read_weights
+from .published import fit_backbone, load_backbone
 
 OUT_NORMS = ("auto", "layer", "none")
 
@@ -29,8 +31,8 @@ class DenseBackbone(nn.Module):
         out_norm: ``layer`` puts a layer norm over the channels of every map, ``none`` none; ``auto`` does what the
             authors of the family did in their detectors and segmentors (timm's models: none).
         pretrained: load the published classifier, without its head.
-        checkpoint_path: load this file instead, whatever ``create_model`` takes: a classifier's head is left out,
-            tables of another size are resized.
+        checkpoint_path: load this file instead, whatever ``create_model`` takes (a classifier's head is left out,
+            tables of another size are resized), or the backbone of a detector or segmentor with its output norms.
         in_chans: channels of the images.
         norm_eval: keep the running statistics of batch norms as they are also in training, for small batches on a
             pretrained backbone (what the published BiFormer detectors do).
@@ -40,6 +42,7 @@ class DenseBackbone(nn.Module):
         body: what makes the maps.
         norms: one norm (or Identity) for each of them.
         channels, strides: of each map.
+        stages: the stage of each map (of a timm model: empty).
 
     Raises:
         ValueError: unknown name, argument or option.
@@ -67,7 +70,7 @@ class DenseBackbone(nn.Module):
         body: Any
         if variant is not None:
             options |= {"task": task, "out_indices": out_indices}
-            body = create_model(name, pretrained, checkpoint_path, **options)
+            body = create_model(name, pretrained, **options)
             # the norms are of the last axis
             body.output_fmt = Format.NHWC
         else:
@@ -75,6 +78,7 @@ class DenseBackbone(nn.Module):
         self.name = name
         self.body = body
         self.norm_eval = norm_eval
+        self.stages: list[int] = list(body.out_indices) if variant is not None else []
         self.channels: list[int] = body.feature_info.channels()
         self.strides: list[int] = body.feature_info.reduction()
         published = None if variant is None else variant.family.out_norm
@@ -83,6 +87,13 @@ class DenseBackbone(nn.Module):
             make = published or nn.LayerNorm
         self.norms = nn.ModuleList(make(channels) for channels in self.channels)
         self.pretrained_cfg: dict[str, Any] = body.pretrained_cfg
+        self.register_load_state_dict_pre_hook(convert_on_load)
+        if checkpoint_path and variant is not None:
+            load_backbone(self, read_weights(checkpoint_path, variant.name))
+
+    def fit_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The given state dict, this module's or a published one, with this module's keys for all but the body."""
+        return fit_backbone(state, self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image (B, in_chans, H, W) to maps (B, channels[i], H / strides[i], W / strides[i])."""
