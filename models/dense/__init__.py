@@ -6,5 +6,6 @@ Nothing here is imported by ``import nearfield``: torchvision's detectors cost t
 from __future__ import annotations
 
 from .backbone import DenseBackbone
+from .segmentation import Segmentor, create_segmentor
 
-__all__ = ["DenseBackbone"]
+__all__ = ["DenseBackbone", "Segmentor", "create_segmentor"]
