@@ -14,12 +14,13 @@ from .models import create_model, from_pretrained, list_models, push_to_hub, sav
 
 if TYPE_CHECKING:
     from .models.accelerate import accelerate
-    from .models.dense.segmentation import create_segmentor
+    from .models.dense import create_detector, create_segmentor
 
 __all__ = [
     "__version__",
     "accelerate",
     "checkpoints",
+    "create_detector",
     "create_model",
     "create_segmentor",
     "engine",
@@ -32,7 +33,12 @@ __all__ = [
 ]
 
 
-_LAZY = {"accelerate": ".models.accelerate", "create_segmentor": ".models.dense.segmentation"}
+# imported when they are asked for
+_LAZY = {
+    "accelerate": ".models.accelerate",
+    "create_detector": ".models.dense",
+    "create_segmentor": ".models.dense",
+}
 
 
 def __getattr__(name: str) -> Any:

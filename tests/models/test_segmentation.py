@@ -102,12 +102,12 @@ def test_half_precision_trains(head: str) -> None:
 
 
 def _squares(count: int) -> tuple[Tensor, Tensor]:
-    """Noise with a bright and a dark square, and which pixel is which; a border is ignored."""
+    """Noise with a red and a blue square, and which pixel is which; a border is ignored."""
     images, labels = torch.randn(count, 3, 48, 64) * 0.3, torch.zeros(count, 48, 64, dtype=torch.long)
     for i in range(count):
-        for label, value in ((1, 2.0), (2, -2.0)):
+        for label, channel in ((1, 0), (2, 2)):
             y, x = 4 + 20 * ((label + i) % 2), 8 + 24 * (label - 1)
-            images[i, :, y : y + 18, x : x + 18] += value
+            images[i, channel, y : y + 18, x : x + 18] += 3
             labels[i, y : y + 18, x : x + 18] = label
     labels[:, :2] = 255
     return images, labels
