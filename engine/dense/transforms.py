@@ -179,11 +179,10 @@ def multi_scale_crop(
     crop_short_sides: Sequence[int] = (400, 500, 600),
     crop_range: Sequence[int] = (384, 600),
 ) -> Policy:
-    """DETR's policy, which the 3x recipes of Swin and its successors use.
+    """DETR's policy, which most 3x recipes since use too.
 
     Half of the time `multi_scale`; else resized to one of `crop_short_sides`, a window of `crop_range` pixels a side
-    cut out, and that resized as in `multi_scale`. Source: github.com/SwinTransformer/Swin-Transformer-Object-Detection,
-    configs/swin/mask_rcnn_swin_tiny_patch4_window7_mstrain_480-800_adamw_3x_coco.py.
+    cut out, and that resized as in `multi_scale`. Source: github.com/facebookresearch/detr, datasets/coco.py.
     """
     if len(crop_range) != 2 or not 1 <= crop_range[0] <= crop_range[1]:
         raise ConfigError(f"crop_range={list(crop_range)}: give the least and the largest side of the window in pixels")
