@@ -12,6 +12,7 @@ import nearfield
 import pytest
 import timm
 import torch
+from model_helpers import randomise
 from nearfield.models import Backbone
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
@@ -41,14 +42,6 @@ def assert_maps(model: Backbone, maps: list[Tensor], indices: list[int], height:
         info = model.feature_info[i]
         reduction = info["reduction"]
         assert y.shape[1:] == (info["num_chs"], halved(height, reduction), halved(width, reduction))
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Weights that make every part of the model matter (tables and layer scales begin near zero)."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * (0.5 if p.ndim == 3 else 0.1) + (1.0 if p.ndim == 1 else 0.0))
-    return model
 
 
 def test_runs_at_its_own_size_and_at_odd_and_oblong_ones(member: str, small: Small) -> None:
