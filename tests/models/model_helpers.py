@@ -39,7 +39,8 @@ def randomise(model: Model) -> Model:
         elif p.ndim > 1:
             p.normal_(std=p[0].numel() ** -0.5)
         else:
-            p.normal_(1.0 if name.endswith(("weight", "gamma")) else 0.0, 0.1)
+            # biases above zero: gates of a few channels have rectifiers, which would all be shut for some
+            p.normal_(1.0 if name.endswith(("weight", "gamma")) else 0.5, 0.1)
     for name, statistic in model.named_buffers():
         if name.endswith("running_var"):
             statistic.uniform_(0.5, 1.5)
