@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import CheckpointMismatch, Layout, Rule
 from ..ops import Full, local_attention, routing_attention
+from .arguments import check_heads, stage_count
 from .layers import (
     Block,
     ConvDownsample,
@@ -89,7 +90,7 @@ class RoutingAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.scale = dim**-0.5
         self.pad = pad
@@ -140,7 +141,7 @@ class FullAttention(nn.Module):
         self, dim: int, num_heads: int, lepe: str = "input", attn_drop: float = 0.0, proj_drop: float = 0.0
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.lepe_of_value = lepe == "value"
         self.attn_drop = attn_drop
@@ -155,11 +156,6 @@ class FullAttention(nn.Module):
         out = local_attention(qkv, None, None, Full(), dropout_p=self.attn_drop if self.training else 0.0)
         local = self.lepe(qkv[:, :, :, 2].flatten(3) if self.lepe_of_value else x)
         return self.proj_drop(self.proj(out.flatten(3) + local))
-
-
-def _check_heads(dim: int, num_heads: int) -> None:
-    if dim % num_heads:
-        raise ValueError(f"num_heads={num_heads} must divide the {dim} channels of its stage")
 
 
 class PositionBlock(Block):
@@ -280,7 +276,7 @@ class BiFormer(LocalTransformer):
         norm_layer: str | Callable[..., nn.Module] = _LAYER_NORM,
         **options: Any,
     ) -> None:
-        cut = _regions(regions, len(depths))
+        cut = _regions(regions, stage_count(depths))
         chosen = _topk(topk, cut)
 
         def attention(
@@ -374,7 +370,7 @@ def _regions(regions: Size | Sequence[Size], stages: int) -> list[Pair]:
 
 def _topk(topk: int | Sequence[int | None] | None, regions: Sequence[Pair]) -> list[int | None]:
     """The number of key regions of every stage, None for full attention."""
-    counts = list(per_stage("topk", topk, len(regions)))
+    counts = list(per_stage("topk", topk, len(regions), pairs=False))
     for count, (ny, nx) in zip(counts, regions, strict=True):
         if count is not None and not (isinstance(count, int) and 1 <= count <= ny * nx):
             raise ValueError(

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..checkpoints import FlippedTable, Layout, Rule
 from ..ops import Window
-from .layers import LocalAttention, Pair, PatchMerging, PatchStem, Size, per_stage, to_pair
+from .arguments import check_arguments, stage_count
+from .layers import LocalAttention, Pair, PatchMerging, PatchStem, Size, map_sizes, per_stage, to_pair
 from .registry import register
 from .transformer import LocalTransformer
 
@@ -129,7 +130,7 @@ class Swin(LocalTransformer):
         stem_stride: int = 4,
         **options: Any,
     ) -> None:
-        windows = per_stage("window_size", window_size, len(depths))
+        windows = per_stage("window_size", window_size, stage_count(depths))
         fitted = fitted_windows(windows, to_pair("img_size", img_size), stem_stride)
 
         def attention(stage: int, block: int, dim: int, num_heads: int, **drops: Any) -> WindowAttention:
@@ -156,8 +157,8 @@ class Swin(LocalTransformer):
 def fitted_windows(windows: Sequence[Size], img_size: Pair, stem_stride: int) -> list[Pair]:
     """The window of each stage: no larger than its map at ``img_size``."""
     fitted = []
-    for i, window in enumerate(windows):
-        height, width = (-(-size // (stem_stride * 2**i)) for size in img_size)
+    check_arguments(stem_stride=stem_stride)
+    for window, (height, width) in zip(windows, map_sizes(img_size, stem_stride, len(windows)), strict=True):
         if isinstance(window, int):
             height = width = min(height, width)
         y, x = to_pair("window_size", window)
