@@ -29,6 +29,7 @@ from .layers import (
     Pair,
     PatchStem,
     Size,
+    crop_map,
     pad_map,
     per_stage,
     to_pair,
@@ -126,7 +127,7 @@ class RoutingAttention(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         x = routed.flatten(3) + self.lepe(qkv[:, :, :, 2].flatten(3))
-        return self.proj_drop(self.output_linear(x[:, :H, :W]))
+        return self.proj_drop(self.output_linear(crop_map(x, H, W)))
 
 
 class FullAttention(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Pattern, local_attention, resize_table
@@ -62,8 +63,29 @@ def map_sizes(img_size: Pair, stem_stride: int, stages: int) -> list[Pair]:
 
 def pad_map(x: Tensor, height: int, width: int) -> Tensor:
     """Zero-pad a (B, H, W, C) map at the right and bottom to ``height`` x ``width``."""
-    below, right = height - x.shape[1], width - x.shape[2]
-    return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+    return pad_end(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+
+
+def crop_map(x: Tensor, height: int, width: int) -> Tensor:
+    """The first ``height`` x ``width`` of a (B, H, W, C) map."""
+    if not torch.compiler.is_compiling():
+        return x[:, :height, :width]
+    if statically_known_true(x.shape[1] == height) and statically_known_true(x.shape[2] == width):
+        return x
+    # a view is contiguous or not depending on the size, and what comes after would be compiled for either
+    return x[:, :height, :width].clone(memory_format=torch.contiguous_format)
+
+
+def pad_end(x: Tensor, amounts: tuple[int, ...]) -> Tensor:
+    """``F.pad`` with zeros, or ``x`` itself where there is nothing to pad.
+
+    A graph that is recorded for any size always pads: to ask whether there is something would make one for each answer.
+    """
+    if torch.compiler.is_compiling():
+        nothing = all(statically_known_true(amount == 0) for amount in amounts)
+    else:
+        nothing = not any(amounts)
+    return x if nothing else F.pad(x, amounts)
 
 
 class ConvStem(nn.Module):
@@ -99,9 +121,7 @@ class PatchStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) image to (B, ceil(H/p), ceil(W/p), dim) map."""
         below, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(pad_end(x, (0, right, 0, below))).permute(0, 2, 3, 1))
 
 
 class ConvDownsample(nn.Module):
@@ -248,7 +268,7 @@ class LocalAttention(PositionTables):
             bias=self.position_bias(height, width),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        return self.proj_drop(self.proj(x[:, :H, :W].flatten(3)))
+        return self.proj_drop(self.proj(crop_map(x.flatten(3), H, W)))
 
 
 class Block(nn.Module):

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import (
     GELU,
     BatchNormAct2d,
@@ -37,7 +38,7 @@ from ..checkpoints import CheckpointMismatch, FlippedTable, Layout, Rule
 from ..ops import Grid, Window
 from .arguments import check_arguments, check_pool, check_stem_stride, stage_count
 from .backbone import Backbone, take_stages
-from .layers import Block, LocalAttention, Pair, Size, Stage, to_pair
+from .layers import Block, LocalAttention, Pair, Size, Stage, pad_end, to_pair
 from .registry import register
 
 HEAD_DIM = 32
@@ -137,6 +138,21 @@ class MaxViTStem(nn.Module):
         return self.conv2(self.norm(self.conv1(x))).permute(0, 2, 3, 1)
 
 
+class HalvingPool(nn.Module):
+    """2x2 means; at an odd side the last mean is over what there is: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
+
+    ``nn.AvgPool2d`` with ``ceil_mode`` and without ``count_include_pad``, but compiled as one graph for all sizes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the map."""
+        H, W = x.shape[2:]
+        padding = (0, W % 2, 0, H % 2)
+        padded = pad_end(x, padding)
+        means = F.avg_pool2d(padded, 2)
+        return means if padded is x else means / F.avg_pool2d(pad_end(x.new_ones(1, 1, H, W), padding), 2)
+
+
 class MBConv(nn.Module):
     """Inverted bottleneck with squeeze-excite and a norm in front (section 3.3), on channels-last maps.
 
@@ -155,7 +171,7 @@ class MBConv(nn.Module):
         super().__init__()
         hidden = make_divisible((out_dim if conv.of_output else dim) * expand_ratio)
         squeezed = int(conv.squeeze * (out_dim if conv.of_output else hidden))
-        self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
+        self.pool = HalvingPool() if stride == 2 else nn.Identity()
         self.expand = create_conv2d(dim, out_dim, 1, bias=conv.bias) if dim != out_dim else nn.Identity()
         self.pre_norm = conv.norm_act(dim, act=False)
         self.conv1 = create_conv2d(dim, hidden, 1)

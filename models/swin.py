@@ -26,13 +26,19 @@ def shifted_windows(window_size: Pair, shifted: bool) -> dict[tuple[bool, bool],
     return {(tall, wide): Window(window_size, (y * tall, x * wide)) for tall in (False, True) for wide in (False, True)}
 
 
-def shifted_axes(tall: bool, wide: bool, *, exact: bool) -> tuple[bool, bool]:
-    """Which axes of a map are shifted, from which are longer than one window.
+def shifted_axes(height: int, width: int, window_size: Pair) -> tuple[bool, bool]:
+    """Which axes of a map are shifted: those that are longer than one window.
 
-    exact: the map is a multiple of the window. The classifier, which is defined on those alone, shifts both axes or
-    none; the detection code, which pads the others, each for itself.
+    Where that is one of the two, it is shifted unless the map is a multiple of the window. The classifier, which is
+    defined on those maps alone, shifts both axes or none; the detection code, which pads the others, each for itself.
     """
-    return (tall and wide, tall and wide) if exact else (tall, wide)
+    y, x = window_size
+    # a graph that is compiled for any size is another one for each answer: no more is asked than is needed
+    if height > y and width > x:
+        return True, True
+    if (height <= y and width <= x) or (height % y == 0 and width % x == 0):
+        return False, False
+    return (True, False) if height > y else (False, True)
 
 
 class WindowAttention(LocalAttention):
@@ -67,9 +73,7 @@ class WindowAttention(LocalAttention):
 
     def pattern(self, height: int, width: int) -> Window:
         """Windows of a map, shifted or not."""
-        y, x = self.padded(height, width)
-        exact = (y, x) == (height, width)
-        return self.windows[shifted_axes(y > self.window_size[0], x > self.window_size[1], exact=exact)]
+        return self.windows[shifted_axes(height, width, self.window_size)]
 
 
 class Swin(LocalTransformer):

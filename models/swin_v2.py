@@ -94,9 +94,7 @@ class CosineWindowAttention(nn.Module):
 
     def pattern(self, height: int, width: int) -> Window:
         """Windows of a map of any size."""
-        (y, x), (window_y, window_x) = (height, width), self.window_size
-        exact = y % window_y == 0 and x % window_x == 0
-        return self.windows[shifted_axes(y > window_y, x > window_x, exact=exact)]
+        return self.windows[shifted_axes(height, width, self.window_size)]
 
     def bias_table(self) -> Tensor:
         """The table (heads, 2*wy-1, 2*wx-1) of key - query, float32 or wider; differentiable.
