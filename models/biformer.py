@@ -113,14 +113,16 @@ class RoutingAttention(nn.Module):
             size = (x.shape[1] // ny, x.shape[2] // nx)
         else:
             size = (max(H // ny, 1), max(W // nx, 1))
-        count = -(-x.shape[1] // size[0]) * -(-x.shape[2] // size[1])
+        topk = min(self.topk, -(-x.shape[1] // size[0]) * -(-x.shape[2] // size[1]))
+        if torch.jit.is_tracing():  # sides are tensors there, and a trace is of one size
+            size, topk = (int(size[0]), int(size[1])), int(topk)
         qkv = self.qkv_linear(x).unflatten(-1, (3, self.num_heads, -1))
         routed = routing_attention(
             qkv,
             None,
             None,
             None,
-            min(self.topk, count),
+            topk,
             region_size=size,
             pad="zero",
             scale=self.scale,

@@ -13,8 +13,8 @@ SIZES = ((72, 56), (64, 80), (51, 77), (100, 68))
 # A stride of 2 on channels-last maps, whose order of strides PyTorch asks for by size: HaloNet takes a second graph.
 GRAPHS = {"halonet_nano": 2}
 
-# the two that need the most and the least in seconds; the others in the long run
-QUICK = ("nat_nano", "swin_nano")
+# sizes are traced as formulas, which takes the others half a minute each: they are in the long run
+QUICK = ("nat_nano", "dinat_nano", "hnt_nano")
 
 
 def _every_nano() -> list[object]:
