@@ -282,7 +282,7 @@ def test_tables_of_other_blocks_and_halos_are_resized_alike_on_every_way_in(
     route: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes = {"block_size": (4, 6), "halo_size": (2, 1)}
-    model = randomised(nearfield.create_model("halonet_nano", num_classes=10))
+    model = randomise(nearfield.create_model("halonet_nano", num_classes=10))
     before = model.stages[1].blocks[0].attn.rel_pos_bias_y.detach().clone()
     if route == "create_model":
         checkpoints.save(model.state_dict(), tmp_path / "file.safetensors")
@@ -305,7 +305,7 @@ def test_tables_of_other_blocks_and_halos_are_resized_alike_on_every_way_in(
 
 
 def test_spare_rows_are_those_of_the_model_whose_file_it_is() -> None:
-    model = randomised(nearfield.create_model("halonet_26t", num_classes=2))
+    model = randomise(nearfield.create_model("halonet_26t", num_classes=2))
     other = nearfield.create_model("halonet_26t", num_classes=2, block_size=10)
     other.load_state_dict(export_state_dict(model, "timm"))
     model.set_input_size(block_size=10)
