@@ -359,9 +359,9 @@ def test_autocast_keeps_boxes_in_single_precision(head: str) -> None:
 @pytest.mark.parametrize(
     ("backbone", "head", "millions"),
     [
-        # published with 80 classes: NAT (arXiv 2204.07143, table 4), DiNAT (arXiv 2209.15001), Swin (arXiv 2103.14030,
-        # table 2). Mask R-CNN has two linear layers of 1024; cascades have, in each of three stages, four 3x3 convolutions
-        # with batch norm, a linear layer, boxes for each class, and a mask head.
+        # published with 80 classes: NAT.md and DiNAT.md of SHI-Labs/Neighborhood-Attention-Transformer, README.md of
+        # SwinTransformer/Swin-Transformer-Object-Detection. Mask R-CNN has two linear layers of 1024; cascades have, in
+        # each of three stages, four convolutions with batch norm, a linear layer, boxes for each class, a mask head.
         ("nat_mini", "mask_rcnn", 40),
         ("nat_tiny", "mask_rcnn", 48),
         ("nat_small", "mask_rcnn", 70),
