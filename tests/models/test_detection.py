@@ -98,6 +98,17 @@ def test_images_without_objects_and_images_of_a_pixel_train(head: str) -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_the_proposal_network_has_the_published_settings() -> None:
+    # rpn_proposal and rpn of detection/configs/_base_/models/mask_rcnn_nat.py
+    rpn = create_detector("nat_nano", "faster_rcnn", num_classes=3, channels=32, box_features=8).model.rpn
+    counts = []
+    for mode in (True, False):
+        rpn.train(mode)
+        counts.append((rpn.pre_nms_top_n(), rpn.post_nms_top_n()))
+    assert counts == [(2000, 1000), (1000, 1000)]
+    assert rpn.anchor_generator.sizes == ((16,), (32,), (64,), (128,))
+
+
 def test_group_norms_are_the_published_ones_and_fit_any_number_of_channels() -> None:
     for channels, groups in ((256, 32), (64, 32), (32, 16), (48, 16), (6, 2), (5, 1)):
         head = create_detector("nat_nano", "fcos", num_classes=3, channels=channels).model.head
