@@ -1,0 +1,1 @@
+"""Detection and segmentation: data, transforms, metrics, inference and pictures."""
