@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import images, memory
 from .config import AugConfig, DataConfig
+from .dense.decode import MODES
 from .errors import ConfigError, DataError, listing
 from .hardware import cores
 
@@ -68,7 +69,7 @@ def open_source(config: DataConfig, *, splits: Iterable[str] = ("train", "val"),
         _check_count(config, counted, names)
         return Source(train, val, counted, channels, names)
     channels = in_chans or 3
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+    mode = MODES.get(channels)
     if mode is None:
         raise ConfigError(f"model.in_chans={channels}: image files have 1, 3 or 4 channels")
     opened = {s: images.open_images(config, s, mode, training="train" in splits) for s in splits}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from .config import DataConfig
+from .dense.decode import as_mode, open_picture, unreadable
 from .errors import ConfigError, DataError, listing
 
 TRAIN = ("train", "training")
@@ -32,12 +32,13 @@ class Images(torch.utils.data.Dataset):
             if hasattr(self.inner, "reader"):
                 handle, label, *_ = self.inner.reader[index]
                 with handle:
-                    image = Image.open(handle).convert(self.mode)
+                    # not turned by EXIF: published accuracies are measured on the pixels as they are stored
+                    image = open_picture(handle, self.mode, upright=False)
             else:
                 image, label = self.inner[index]
-                image = image.convert(self.mode)
+                image = as_mode(image, self.mode)
         except Exception as error:  # PIL and the readers raise nearly everything
-            raise DataError(f"{self.filename(index)}: cannot read this image ({error}): repair or remove it") from error
+            raise unreadable(self.filename(index), error) from error
         return (image if self.transform is None else self.transform(image)), int(label)
 
     def filename(self, index: int) -> str:

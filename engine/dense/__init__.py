@@ -1,1 +1,1 @@
-"""Detection and segmentation: data, transforms, metrics, inference and pictures."""
+"""Detection and segmentation data: reading pictures and annotations, transforms, metrics, inference, drawing."""
