@@ -188,16 +188,20 @@ def _fill_areas(truth: dict[str, Any]) -> None:
             annotation["area"] = float(annotation["bbox"][2] * annotation["bbox"][3])
 
 
+def binary_masks(masks: Tensor) -> Tensor:
+    """Masks (N, H, W) or (N, 1, H, W) as bool (N, H, W): of probabilities those above 0.5, of integers all but 0."""
+    masks = masks[:, 0] if masks.ndim == 4 else masks
+    return masks > 0.5 if masks.is_floating_point() else masks != 0
+
+
 def _encode(masks: Tensor, size: tuple[int | None, int | None], image_id: int) -> list[dict[str, Any]]:
     """Run lengths of masks (N, H, W) or (N, 1, H, W), which must be as large as the image."""
     from faster_coco_eval.core import mask as coder
 
-    masks = masks.detach()
-    masks = masks[:, 0] if masks.ndim == 4 else masks
+    masks = binary_masks(masks.detach())
     if masks.shape[1:] != size and len(masks):
         raise ValueError(f"image_id {image_id}: masks of {tuple(masks.shape[1:])}, but the image is {size} pixels")
-    binary = masks > 0.5 if masks.is_floating_point() else masks != 0
-    columns = binary.transpose(1, 2).contiguous().to("cpu", torch.uint8).numpy()  # run lengths go down the columns
+    columns = masks.transpose(1, 2).contiguous().to("cpu", torch.uint8).numpy()  # run lengths go down the columns
     if not len(columns):
         return []
     runs = coder.encode(np.asfortranarray(columns.transpose(2, 1, 0)))
