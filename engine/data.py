@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import images, memory
 from .config import AugConfig, DataConfig
@@ -19,7 +18,7 @@ from .errors import ConfigError, DataError, listing
 from .hardware import cores
 
 _logger = logging.getLogger("nearfield.engine")
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Any]  # inputs and targets; tensors, or lists with one entry an image
 
 
 @dataclass
@@ -43,6 +42,11 @@ class Preparation:
     interpolation: str
     crop_pct: float
     crop_mode: str
+
+    def columns(self) -> dict[str, Any]:
+        """What a row of evaluation results says of it."""
+        size = "x".join(map(str, self.size))
+        return {"img_size": size, "crop_pct": self.crop_pct, "interpolation": self.interpolation}
 
 
 def open_source(config: DataConfig, *, splits: Iterable[str] = ("train", "val"), in_chans: int | None = None) -> Source:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from . import check, data, hardware, loop, network, runs
-from .config import AugConfig, EvalConfig
+from . import check, hardware, loop, runs, tasks
+from .config import EvalConfig
 from .errors import CheckpointMismatchError, ConfigError
 from .loggers import append_row
 from .progress import Progress, is_main_process
 from .state import seed_everything
-from .task import create_task
 
 
 def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -33,7 +32,6 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
     device = hardware.setup(config.hardware)
     dtype = hardware.precision(config.hardware, device)
     seed_everything(config.seed)
-    network.check_name(config.model.name)
     if not config.model.checkpoint and not config.model.pretrained:
         raise ConfigError("nothing to evaluate: give run=FOLDER, checkpoint=FILE, or model.pretrained=true")
     if config.data.overfit_batches:
@@ -41,13 +39,8 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
             "data.overfit_batches is for training: data.limit_val_batches=N evaluates the first N batches"
         )
     split = config.split
-    source = data.open_source(config.data, splits=(split,), in_chans=config.model.in_chans)
-    model = network.build(
-        config.model, num_classes=source.num_classes, in_chans=source.in_chans, class_names=source.class_names
-    ).to(device)
-    how = data.prepare(config.data, model, img_size=network.image_size(config.model), in_chans=source.in_chans)
-    batches = data.eval_batches(config.data, source, how, device, split=split)
-    task = create_task(config.task, AugConfig(no_aug=True), source.num_classes)
+    prepared = tasks.prepare(config, device)
+    task, model, how, batches = prepared.task, prepared.model, prepared.how, prepared.val
     forward = torch.compile(model) if config.compile else None
     started = time.perf_counter()
     with Progress(len(batches)) as progress:
@@ -69,12 +62,8 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
             "data": where,
             "split": split,
             "n": metrics["n"],
-            "top1": metrics["top1"],
-            "top5": metrics["top5"],
-            "loss": metrics["loss"],
-            "img_size": "x".join(map(str, how.size)),
-            "crop_pct": how.crop_pct,
-            "interpolation": how.interpolation,
+            **{key: value for key, value in metrics.items() if key != "n"},
+            **how.columns(),
             "dtype": str(dtype).removeprefix("torch."),
             "device": runs.device_name(device),
             "seconds": seconds,
@@ -82,8 +71,7 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         append_row(Path(config.paths.results).expanduser(), row)
-        numbers = f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}"
-        progress.line(f"{config.model.name} on {where} ({split}, {metrics['n']} images): {numbers}")
+        progress.line(f"{config.model.name} on {where} ({split}, {metrics['n']} images): {task.describe(metrics)}")
         progress.line(f"checkpoint {checkpoint}; row added to {config.paths.results}")
     return {
         "task": task.name,

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import data, hardware, loop, network, optim, plots, runs
+from . import data, hardware, loop, optim, plots, runs, tasks
 from .config import TrainConfig
 from .errors import DataError, Interrupted
 from .loggers import Logger, create_loggers
 from .metrics import Mean
 from .progress import Progress
 from .state import TrainState, seed_everything
-from .task import Task, create_task
+from .task import Task
 
 _logger = logging.getLogger("nearfield.engine")
 
@@ -41,31 +41,16 @@ def train(config: TrainConfig, overrides: list[str] | None = None) -> dict[str, 
     device = hardware.setup(config.hardware)
     dtype = hardware.precision(config.hardware, device)
     seed_everything(config.seed)
-    network.check_name(config.model.name)
-    source = data.open_source(config.data, in_chans=config.model.in_chans)
-    strict_head = bool(config.model.checkpoint) and not config.model.new_head
-    model = network.build(
-        config.model,
-        num_classes=source.num_classes,
-        in_chans=source.in_chans,
-        class_names=source.class_names,
-        strict_head=strict_head,
-    ).to(device)
-    how = data.prepare(config.data, model, img_size=network.image_size(config.model), in_chans=source.in_chans)
-    aug = dataclasses.replace(config.aug, no_aug=True) if config.data.overfit_batches else config.aug
-    train_batches = data.train_batches(config.data, aug, source, how, device)
-    if config.data.overfit_batches:
-        val_batches = train_batches
-    else:
-        val_batches = data.eval_batches(config.data, source, how, device, split="val")
-    task = create_task(config.task, aug, source.num_classes, batch_size=config.data.batch_size)
-    state, epochs = create_state(config, model, len(train_batches), dtype, device)
+    prepared = tasks.prepare(config, device)
+    assert prepared.train is not None
+    task = prepared.task
+    state, epochs = create_state(config, prepared.model, len(prepared.train), dtype, device)
 
     folder = runs.RunFolder.create(config.paths.runs, task.name, config.model.name)
     try:
         run = _Run(config, folder, state, task, epochs)
-        run.begin(device, dtype, source, how)
-        seconds = run.fit(train_batches, val_batches, device, dtype)
+        run.begin(device, dtype, prepared.source, prepared.how)
+        seconds = run.fit(prepared.train, prepared.val, device, dtype)
         return run.finish(seconds)
     except Exception:
         _logger.exception("the run ended with an error")
@@ -178,6 +163,7 @@ class _Run:
                     "lr": state.lr,
                     "train_loss": result.loss,
                     "images_per_second": result.images / result.seconds,
+                    "loader_wait": result.waited / result.seconds,
                     "skipped": state.skipped,
                 }
                 if last or state.epoch % config.trainer.eval_every == 0:
@@ -205,8 +191,7 @@ class _Run:
             if state.best is None or value > state.best:
                 state.best, state.best_epoch = value, state.epoch
                 self._save("best")
-            text += "".join(f"  {key} {row[key]:.2f} %" for key in ("top1", "top5") if key in row)
-            text += f"  loss {row['loss']:.4f}"
+            text += f"  {task.describe(row)}"
         progress.line(f"{text}  {row['images_per_second']:.0f} img/s")
         self._save("last")
         # a plot takes a third of a second: long runs get one now and then, every run one at the end
@@ -222,7 +207,9 @@ class _Run:
     def _plot(self) -> None:
         self.plotted = time.monotonic()
         title = f"{self.config.model.name} on {self.config.data.name}"
-        plots.plot_curves(self.folder.path / "metrics.csv", self.folder.path / "curves.png", title=title)
+        plots.plot_curves(
+            self.folder.path / "metrics.csv", self.folder.path / "curves.png", title=title, curves=self.task.curves
+        )
 
     def _interrupted(self, signal_name: str) -> None:
         self._save("last")

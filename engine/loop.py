@@ -13,9 +13,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .config import TrainerConfig
+from .data import Batch
 from .errors import DivergedError
 from .metrics import Mean
 from .state import TrainState
@@ -51,18 +52,19 @@ class StopSignal:
 
 @dataclass
 class EpochResult:
-    """What an epoch of training gave."""
+    """What an epoch of training gave; `waited` are the seconds that the loop stood still for the next batch."""
 
     loss: float
     images: int
     seconds: float
     complete: bool
+    waited: float
 
 
 def train_epoch(
     state: TrainState,
     task: Task,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     trainer: TrainerConfig,
     *,
     batch_size: int,
@@ -80,7 +82,7 @@ def train_epoch(
     Args:
         state: changed in place; `state.epoch` counts up when the pass is complete.
         task: gives the loss.
-        batches: (inputs, targets) on the device; needs a length.
+        batches: (inputs, targets) on the device, tensors or lists, one entry an image; needs a length.
         trainer: accumulation, clipping, patience with losses that are not finite.
         batch_size: images of a full batch.
         autocast: context of the forward pass.
@@ -96,7 +98,10 @@ def train_epoch(
     total = len(batches)  # type: ignore[arg-type]
     nominal = batch_size * trainer.accumulate
     mean, group = Mean(), Mean()
-    started, images = time.perf_counter(), 0
+    started, images, waited = time.perf_counter(), 0, 0.0
+
+    def result(complete: bool) -> EpochResult:
+        return EpochResult(mean.value, images, time.perf_counter() - started, complete, waited)
 
     def update(done: int) -> None:
         nonlocal group
@@ -109,23 +114,24 @@ def train_epoch(
             on_step(done, total, state, mean)
 
     state.optimizer.zero_grad(set_to_none=True)
-    done = 0
+    done, asked = 0, started
     for done, (inputs, targets) in enumerate(batches, start=1):
+        waited += time.perf_counter() - asked
         count = len(inputs)
         images += count
         with autocast():
             loss = task.loss(forward, inputs, targets)
         group.add(loss, count)
         state.scaler.scale(loss * (count / nominal)).backward()
-        if done % trainer.accumulate and done < total:
-            continue
-        update(done)
-        if stop is not None and stop.asked and done < total:
-            return EpochResult(mean.value, images, time.perf_counter() - started, complete=False)
+        if not done % trainer.accumulate or done >= total:
+            update(done)
+            if stop is not None and stop.asked and done < total:
+                return result(complete=False)
+        asked = time.perf_counter()
     if group.weight:
         update(done)
     state.epoch += 1
-    return EpochResult(mean.value, images, time.perf_counter() - started, complete=True)
+    return result(complete=True)
 
 
 def _update(state: TrainState, trainer: TrainerConfig, group: Mean) -> bool:
@@ -197,7 +203,7 @@ def diagnosis(state: TrainState, loss: float, norm: float) -> str:
 def evaluate(
     model: nn.Module,
     task: Task,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     *,
     autocast: AutocastFactory = contextlib.nullcontext,
     on_batch: Callable[[int], None] | None = None,
@@ -210,7 +216,7 @@ def evaluate(
     try:
         for index, (inputs, targets) in enumerate(batches):
             with autocast():
-                outputs = model(inputs) if forward is None else forward(inputs)
+                outputs = task.predict(forward or model, inputs)
             metrics.add(outputs, targets)
             if on_batch is not None:
                 on_batch(index + 1)

@@ -1,4 +1,4 @@
-"""curves.png: loss and accuracy over the epochs of a run."""
+"""curves.png: losses and the task's metrics over the epochs of a run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import csv
 import os
 from pathlib import Path
 
-_LABELS = {"train_loss": "training, as augmented", "loss": "held out", "top1": "top-1", "top5": "top-5"}
+from .task import Curves
+
+_LOSSES = {"train_loss": "training, as augmented", "loss": "held out"}
 
 
-def plot_curves(metrics: Path, out: Path, *, title: str) -> None:
-    """Draw the columns of metrics.csv that are there: losses on the left, accuracies in percent on the right.
+def plot_curves(metrics: Path, out: Path, *, title: str, curves: Curves) -> None:
+    """Draw the columns of metrics.csv that are there: losses on the left, the task's metrics on the right.
 
     Args:
         metrics: the csv file of a run.
         out: the image to write, replaced as a whole.
         title: above the plots.
+        curves: what the right-hand side shows.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,21 +30,18 @@ def plot_curves(metrics: Path, out: Path, *, title: str) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     left, right = figure.subplots(1, 2)
-    for axes, keys, label, digits in (
-        (left, ("train_loss", "loss"), "loss", 3),
-        (right, ("top1", "top5"), "accuracy on held-out images (%)", 2),
-    ):
-        for key in keys:
+    for axes, shown in ((left, Curves("loss", _LOSSES, 3)), (right, curves)):
+        for key, name in shown.columns.items():
             points = [(int(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
             if points:
                 axes.plot(
                     *zip(*points, strict=True),
-                    label=f"{_LABELS[key]}: {points[-1][1]:.{digits}f} at the end",
+                    label=f"{name}: {points[-1][1]:.{shown.digits}f} at the end",
                     marker="o" if len(points) < 40 else None,
                     markersize=3,
                 )
         axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
+        axes.set_ylabel(shown.label)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:

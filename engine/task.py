@@ -1,28 +1,43 @@
-"""What is learned: how a batch becomes a loss, and an evaluation numbers. The loop knows nothing else about it."""
+"""What a task is to the loop: how a batch becomes a loss, a prediction and, over an evaluation, numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .config import AugConfig, TaskConfig
-from .errors import ConfigError
-from .metrics import ClassificationMetrics
+from .data import Batches, Preparation, Source
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Any]
 
 
 class Metrics(Protocol):
     """Sums over an evaluation."""
 
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
+    def add(self, outputs: Any, targets: Any) -> None:
         """Add a batch."""
 
     def result(self) -> dict[str, float]:
-        """The numbers by name; `loss` and `n` are among them."""
+        """The numbers by name; `n`, the images, is among them."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What curves.png draws beside the losses.
+
+    Attributes:
+        label: of the axis, with the unit.
+        columns: of metrics.csv, each with its name in the legend.
+        digits: after the point.
+    """
+
+    label: str
+    columns: Mapping[str, str]
+    digits: int
 
 
 class Task(Protocol):
@@ -30,73 +45,43 @@ class Task(Protocol):
 
     name: str
     primary: str
-
-    def loss(self, forward: Forward, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of a training batch, a scalar with gradients."""
+    curves: Curves
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, counted from 0."""
 
+    def loss(self, forward: Forward, inputs: Any, targets: Any) -> Tensor:
+        """The mean loss of a training batch, a scalar with gradients."""
+
+    def predict(self, forward: Forward, inputs: Any) -> Any:
+        """What `metrics().add` takes for the images of a batch."""
+
     def metrics(self) -> Metrics:
         """Fresh metrics for an evaluation."""
 
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        """The numbers of an evaluation as a line for people."""
 
-class Classification:
-    """Image classification: (soft) cross entropy or binary cross entropy, mixup and cutmix, top-1 and top-5."""
-
-    name = "classification"
-    primary = "top1"
-
-    def __init__(self, config: TaskConfig, aug: AugConfig, num_classes: int) -> None:
-        from timm.data import Mixup
-        from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-
-        mixes = (aug.mixup > 0 or aug.cutmix > 0) and not aug.no_aug
-        self.mixup_off_epochs = aug.mixup_off_epochs
-        self.mixup: Any = None
-        if mixes:
-            self.mixup = Mixup(
-                mixup_alpha=aug.mixup,
-                cutmix_alpha=aug.cutmix,
-                prob=aug.mixup_prob,
-                switch_prob=aug.mixup_switch_prob,
-                mode=aug.mixup_mode,
-                label_smoothing=config.smoothing,
-                num_classes=num_classes,
-            )
-        self.criterion: torch.nn.Module
-        if config.loss == "bce":
-            self.criterion = BinaryCrossEntropy(smoothing=0.0 if mixes else config.smoothing)
-        elif mixes:
-            self.criterion = SoftTargetCrossEntropy()
-        else:
-            self.criterion = LabelSmoothingCrossEntropy(config.smoothing)
-
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Switch mixing off in the last `aug.mixup_off_epochs` epochs."""
-        if self.mixup is not None:
-            self.mixup.mixup_enabled = epoch < epochs - self.mixup_off_epochs
-
-    def loss(self, forward: Forward, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss over the batch: inputs (B, C, H, W), targets (B,) of class indices."""
-        if self.mixup is not None:
-            inputs, targets = self.mixup(inputs, targets)
-        return self.criterion(forward(inputs).float(), targets)
-
-    def metrics(self) -> ClassificationMetrics:
-        """Fresh sums."""
-        return ClassificationMetrics()
+    def pictures(self, model: nn.Module, folder: Path, device: torch.device) -> None:
+        """Write pictures of a few predictions into `folder`, where the task has any."""
 
 
-def create_task(config: TaskConfig, aug: AugConfig, num_classes: int, *, batch_size: int | None = None) -> Task:
-    """The task that the configuration names, for training with batches of `batch_size` images.
+@dataclass
+class Prepared:
+    """All that comes before the first batch: the task, its data, its model.
 
-    Raises:
-        ConfigError: images are mixed in pairs and the batch is odd.
+    Attributes:
+        task: with its loss and metrics.
+        source: the opened data sets.
+        how: how an image becomes an input.
+        model: on the device.
+        train: batches to train on; None for an evaluation.
+        val: batches to evaluate on.
     """
-    task = Classification(config, aug, num_classes)
-    if task.mixup is not None and batch_size is not None and batch_size % 2:
-        raise ConfigError(
-            f"data.batch_size={batch_size}: aug.mixup and aug.cutmix mix pairs of images: make it even, or both 0"
-        )
-    return task
+
+    task: Task
+    source: Source
+    how: Preparation
+    model: nn.Module
+    train: Batches | None
+    val: Batches

@@ -15,6 +15,7 @@ from nearfield.engine.errors import ConfigError
 from nearfield.engine.loggers import CsvLogger, append_row, create_loggers
 from nearfield.engine.plots import plot_curves
 from nearfield.engine.progress import Progress
+from nearfield.engine.tasks.classification import Classification
 
 
 def test_metrics_are_on_disk_after_every_row_and_take_new_columns(tmp_path: Path) -> None:
@@ -155,11 +156,11 @@ def test_csv_is_always_there(tmp_path: Path) -> None:
 def test_curves_take_runs_of_one_epoch_and_missing_evaluations(tmp_path: Path) -> None:
     logger = CsvLogger(tmp_path / "metrics.csv")
     logger.log(1, {"epoch": 1, "train_loss": 2.0})
-    plot_curves(tmp_path / "metrics.csv", tmp_path / "one.png", title="one epoch")
+    plot_curves(tmp_path / "metrics.csv", tmp_path / "one.png", title="one epoch", curves=Classification.curves)
     for epoch in range(2, 9):
         evaluated = {"loss": 2 / epoch, "top1": 90.0 + epoch, "top5": 99.0} if epoch % 2 else {}
         logger.log(epoch, {"epoch": epoch, "train_loss": 3 / epoch, **evaluated})
-    plot_curves(tmp_path / "metrics.csv", tmp_path / "more.png", title="more")
+    plot_curves(tmp_path / "metrics.csv", tmp_path / "more.png", title="more", curves=Classification.curves)
     assert (tmp_path / "one.png").stat().st_size > 5000
     assert (tmp_path / "more.png").stat().st_size > (tmp_path / "one.png").stat().st_size
 

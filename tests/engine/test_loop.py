@@ -16,7 +16,7 @@ from nearfield.engine.errors import ConfigError, DivergedError, Interrupted
 from nearfield.engine.metrics import ClassificationMetrics
 from nearfield.engine.optim import create_optimizer, create_scheduler
 from nearfield.engine.state import TrainState, seed_everything
-from nearfield.engine.task import Classification
+from nearfield.engine.tasks.classification import Classification
 from torch import nn
 
 CPU = torch.device("cpu")
