@@ -9,6 +9,7 @@ over; all the rest (features, classifier, layer decay, checkpointing, published 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -39,12 +40,14 @@ class Backbone(LoadsPublished):
         num_features: channels after the final norm where it changes them, None for dims[-1].
         head: a head of the family's own, in place of the final norm and timm's ClassifierHead.
 
-    Class attributes, set by the families: ``layouts`` (published layouts) and ``first_conv`` (name of the first
-    convolution).
+    Class attributes, set by the families: ``layouts`` (published layouts), ``first_conv`` (name of the first
+    convolution) and ``out_norm`` (makes the norm that the published detectors and segmentors put on every map that they
+    take, None for none).
     """
 
     layouts: ClassVar[tuple[Layout, ...]] = ()
     first_conv: ClassVar[str] = "stem.proj"
+    out_norm: ClassVar[type[nn.Module] | partial[Any] | None] = None
     output_fmt = "NHWC"
 
     # a ModuleList of Stage, whose items no type checker knows

@@ -247,6 +247,8 @@ class BiFormer(LocalTransformer):
     downsample_type: ClassVar[type[nn.Module]] = NormedConvDownsample
     block_type: ClassVar[type[Block]] = PositionBlock
     first_conv = "stem.conv1"
+    # object_detection/models_mm/biformer_mm.py and its twin for segmentation, which do not feed it on
+    out_norm = _LAYER_NORM
     pad: ClassVar[str] = "map"
     lepe: ClassVar[str] = "input"
     layouts = (
@@ -395,6 +397,9 @@ _TINY = {
 _SMALL = {**_TINY, "depths": (4, 4, 18, 4), "drop_path_rate": 0.15}
 _STL = {**_TINY, "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 8), "mlp_ratio": 4.0}
 
+# object_detection/configs/coco and semantic_segmentation/configs/ade20k of rayleizhu/BiFormer, which have S and B
+_BY_TASK = {"detection": {"regions": 16}, "segmentation": {"regions": 8}}
+
 register(
     __name__,
     BiFormer,
@@ -415,6 +420,7 @@ register(
         # the authors' repository does not say which drop path the base was trained with
         "biformer_base": {**_SMALL, "embed_dim": 96, "num_heads": (3, 6, 12, 8), "drop_path_rate": 0.4},
     },
+    tasks=dict.fromkeys(("biformer_tiny", "biformer_small", "biformer_base"), _BY_TASK),
 )
-register(__name__, BiFormerSTL, {"biformer_stl": _STL})
-register(__name__, BiFormerSTLNchw, {"biformer_stl_nchw": _STL})
+register(__name__, BiFormerSTL, {"biformer_stl": _STL}, tasks={"biformer_stl": _BY_TASK})
+register(__name__, BiFormerSTLNchw, {"biformer_stl_nchw": _STL}, tasks={"biformer_stl_nchw": _BY_TASK})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from .backbone import Backbone
 
+
+TASKS = ("classification", "detection", "segmentation")
 
 _DRAWING = {
     getattr(Tensor, name) for name in ("uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_")
@@ -35,11 +37,23 @@ class Variant:
         name: as in ``create_model``.
         family: the backbone class.
         kwargs: constructor arguments that make it this variant.
+        tasks: constructor arguments that differ for the images of a task of ``TASKS``, by task.
     """
 
     name: str
     family: type[Backbone]
     kwargs: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def for_task(self, task: str | None) -> dict[str, Any]:
+        """Constructor arguments for a task, None for the one that the variant is registered for.
+
+        Raises:
+            ValueError: unknown task.
+        """
+        if task is not None and task not in TASKS:
+            raise ValueError(f"task={task!r} must be one of {', '.join(TASKS)}")
+        return {**self.kwargs, **self.tasks.get(task or "", {})}
 
     def build(self, **overrides: Any) -> Backbone:
         """The bare backbone, without the registry's configuration."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -9,7 +10,9 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
 from .backbone import Backbone, take_stages
-from .loading import LoadsPublished, fit_state_dict
+from .loading import OUTPUT_NORM, LoadsPublished, fit_state_dict
+
+_logger = logging.getLogger("nearfield.models")
 
 _MODEL = "model."
 
@@ -23,7 +26,8 @@ class Features(FeatureGetterNet, LoadsPublished):
         **options: timm's ``norm`` (norm the last stage's map), ``output_fmt`` (``NCHW`` or ``NHWC``), ``prune``.
 
     Loading takes the keys of a whole classifier (published or ours, with or without the ``model.`` prefix) and leaves
-    out what features do not need: the head, the final norm unless it is applied, the stages that were pruned.
+    out what features do not need: the head, the final norm unless it is applied, the stages that were pruned. The norms
+    that a published detector or segmentor puts on its maps are left out too, which one log line says.
     """
 
     def __init__(self, model: Backbone, out_indices: int | Sequence[int] | None = None, **options: Any) -> None:
@@ -49,6 +53,13 @@ class Features(FeatureGetterNet, LoadsPublished):
     def fit_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The given state dict with this module's keys; parts that features do not need are left out."""
         bare = {key.removeprefix(_MODEL): value for key, value in state.items()}
+        norms = [key for key in bare if OUTPUT_NORM.fullmatch(key)]
+        if norms:
+            told = (
+                "left out the norms that the file's detector or segmentor puts on its maps (%s): DenseBackbone has them"
+            )
+            _logger.warning(told, ", ".join(norms))
+            bare = {key: value for key, value in bare.items() if key not in norms}
         fitted = fit_state_dict(bare, self.backbone)
         unused = self.backbone.pruned_prefixes()
         return {_MODEL + key: value for key, value in fitted.items() if not key.startswith(unused)}

@@ -97,6 +97,7 @@ class HNT(LocalTransformer):
     stem_type = ConvStem
     downsample_type = ConvDownsample
     first_conv = "stem.conv1"
+    out_norm = NAT.out_norm
     # the released file is made from NAT's and kept its keys; the tables have one axis
     layouts = (
         replace(

@@ -76,6 +76,7 @@ class HWT(LocalTransformer):
 
     stem_type = PatchStem
     downsample_type = PatchMerging
+    out_norm = Swin.out_norm
     # the released file is made from Microsoft's and kept its keys; the tables are larger
     layouts = (replace(Swin.layouts[0], name="hilbert", source="Yunge6666/Hilbert-Local-Attention, hwt.py"),)
 

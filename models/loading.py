@@ -9,6 +9,7 @@ names keys, shapes and the models that would fit.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ _logger = logging.getLogger("nearfield.models")
 TABLE = "rel_pos_bias"
 CLASSIFIER = "head.fc"
 OURS = "nearfield"
+OUTPUT_NORM = re.compile(r"(?:norm|extra_norms\.)(\d+)\.(weight|bias)")
+"""Norm of the map of a stage, which detectors and segmentors have: NAT's and Swin's names, BiFormer's."""
 
 
 class StateDictMismatch(CheckpointMismatch, RuntimeError):  # noqa: N818 - named as its parent
@@ -127,7 +130,9 @@ def mismatch(difference: str, state: Mapping[str, Tensor], model: nn.Module) -> 
     own = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     names = models_that_fit(state)
     advice = "it fits no model of this package"
-    if names:
+    if any(OUTPUT_NORM.fullmatch(key) for key in state):
+        advice = "it is the backbone of a detector or segmentor: make the model with features_only=True"
+    elif names:
         variant = catalog.get(names[0])
         assert variant is not None
         options = published_options(state, variant.family)

@@ -63,6 +63,7 @@ class NAT(LocalTransformer):
     stem_type: ClassVar[type[nn.Module]] = ConvStem
     downsample_type: ClassVar[type[nn.Module]] = ConvDownsample
     first_conv = "stem.conv1"
+    out_norm = nn.LayerNorm  # detection/nat.py and dinats.py, segmentation/nat.py and dinats.py
     layouts = (
         Layout(
             name="shi-labs",

@@ -45,7 +45,12 @@ class UnknownArgument(ValueError, TypeError):  # noqa: N818 - says what it is
     """A model was asked for with an argument that its family does not take; a TypeError too, as Python raises."""
 
 
-def register(module_name: str, family: type[Backbone], variants: Mapping[str, Mapping[str, Any]]) -> None:
+def register(
+    module_name: str,
+    family: type[Backbone],
+    variants: Mapping[str, Mapping[str, Any]],
+    tasks: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+) -> None:
     """Register a family's variants with this package and with timm.
 
     For every name the family's module gets a function of that name, ``name(pretrained=False, **kwargs)``, and its
@@ -55,6 +60,7 @@ def register(module_name: str, family: type[Backbone], variants: Mapping[str, Ma
         module_name: ``__name__`` of the family's file.
         family: backbone class.
         variants: constructor arguments of each variant, by name.
+        tasks: by name, what a variant is made with instead for ``detection`` or ``segmentation``.
     """
     module = sys.modules[module_name]
     module.__dict__.setdefault("default_cfgs", {}).update(
@@ -63,7 +69,7 @@ def register(module_name: str, family: type[Backbone], variants: Mapping[str, Ma
         )
     )
     for name, kwargs in variants.items():
-        variant = catalog.Variant(name, family, kwargs)
+        variant = catalog.Variant(name, family, kwargs, (tasks or {}).get(name, {}))
         catalog.add(variant)
         entrypoint = _entrypoint(variant, module_name)
         setattr(module, name, entrypoint)
@@ -94,6 +100,7 @@ def _cfgs(name: str, family: type[Backbone], kwargs: Mapping[str, Any]) -> dict[
 def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         own = "feature_cls" not in kwargs
+        task = kwargs.pop("task", None)
         state = _read_for_timm(variant.name, kwargs) if pretrained else None
         try:
             model = build_model_with_cfg(
@@ -103,7 +110,7 @@ def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Modul
                 pretrained_filter_fn=checkpoint_filter_fn,
                 # None: all stages, where timm would take five
                 feature_cfg={"feature_cls": Features, "out_indices": None} if own else {},
-                **{**variant.kwargs, **kwargs},
+                **{**variant.for_task(task), **kwargs},
             )
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -114,7 +121,7 @@ def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Modul
             hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(names))}"
             raise UnknownArgument(f"{variant.name} takes no argument {unknown[1]!r}: {hint}") from error
         if state is not None:
-            _load(model, state)
+            load_weights(model, state)
         return model
 
     create.__name__ = create.__qualname__ = variant.name
@@ -137,7 +144,7 @@ def _read_for_timm(name: str, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | 
     return checkpoints.read(checkpoints.resolve(str(cfg.url), cache_dir=kwargs.get("cache_dir")))
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a file's weights, adapted to the classes and channels of the model; CheckpointMismatch if they differ."""
     backbone = model.backbone if isinstance(model, Features) else model
     assert isinstance(backbone, Backbone)
@@ -165,10 +172,12 @@ def create_model(
         checkpoint_path: load this file instead: a path, URL, ``hf-hub:owner/name`` or index name, in any published
             layout or this package's, plain or wrapped in a training checkpoint.
         img_size: nominal image size, an int or (height, width); every model runs on other sizes too.
-        **kwargs: arguments of the family's class, and timm's ``features_only``, ``out_indices``, ``feature_cls``,
-            ``pretrained_cfg``, ``pretrained_cfg_overlay``, ``cache_dir``. ``num_classes`` and ``in_chans`` default to
-            what the file has; another number of classes draws a new classifier, another number of channels adapts the
-            first convolution, and each says so in the log.
+        **kwargs: arguments of the family's class; ``task`` (``detection``, ``segmentation``), which gives those
+            that depend on the size of images (dilations, regions) the values published for it; and timm's
+            ``features_only``, ``out_indices``, ``feature_cls``, ``pretrained_cfg``, ``pretrained_cfg_overlay``,
+            ``cache_dir``. ``num_classes`` and ``in_chans`` default to what the file has; another number of classes
+            draws a new classifier, another number of channels adapts the first convolution, and each says so in the
+            log.
 
     Raises:
         ValueError: unknown name or tag, nothing published, an argument out of range.
@@ -180,6 +189,8 @@ def create_model(
     base, _, tag = name.partition(".")
     variant = catalog.get(base)
     if variant is None:
+        # timm's models have no arguments by task
+        kwargs.pop("task", None)
         if timm.is_model(base) or ":" in name:
             return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
         raise ValueError(f"unknown model {name!r}{_nearest(base, [*list_models(), *timm.list_models()])}")
@@ -194,23 +205,26 @@ def create_model(
     kwargs.setdefault("pretrained_cfg", _default_cfg(base, tag))
     state = None
     if source:
-        _warn_about_twin(str(source), base)
-        state = checkpoints.read(checkpoints.resolve(source, cache_dir=kwargs.get("cache_dir")))
+        state = read_weights(source, base, cache_dir=kwargs.get("cache_dir"))
         kwargs = {**published_options(state, variant.family), **kwargs}
     model = _ENTRYPOINTS[base](pretrained=by_timm, **kwargs)
     # timm writes these beside exported weights
     args = {key: value for key, value in kwargs.items() if key not in ("pretrained_cfg", "cache_dir")}
     vars(model)["_model_args"] = args
     if state is not None:
-        _load(model, state)
+        load_weights(model, state)
     return model
 
 
-def _warn_about_twin(source: str, name: str) -> None:
-    """Say so when a published file is that of another model: NAT and DiNAT differ in nothing that a file stores."""
-    entry = checkpoints.find(source)
+def read_weights(source: str | Path, name: str, *, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """The state dict of a backbone that ``source`` means (see ``checkpoints.resolve``), for the model ``name``.
+
+    Says so when a published file is that of another model: NAT and DiNAT differ in nothing that a file stores.
+    """
+    entry = checkpoints.find(str(source))
     if entry is not None and entry.model != name:
         _logger.warning("%s was published for %s and is loaded into %s", entry.file, entry.model, name)
+    return checkpoints.read(checkpoints.resolve(source, cache_dir=cache_dir))
 
 
 def _arguments(family: type[Backbone]) -> set[str]:

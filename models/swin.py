@@ -7,7 +7,11 @@ in the pattern: windows are cut at the border of the map, which equals the publi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from ..checkpoints import FlippedTable, Layout, Rule
 from ..ops import Window
@@ -71,6 +75,24 @@ class WindowAttention(LocalAttention):
         return self.windows[shifted_axes(y > self.window_size[0], x > self.window_size[1], exact=exact)]
 
 
+@dataclass(frozen=True)
+class UnfoldedNeighbours:
+    """Channels of 2x2 neighbours as ``nn.Unfold`` orders them (channel, y, x) <-> as Swin does (x, y, channel)."""
+
+    def to_ours(self, tensor: Tensor, shape: torch.Size | None) -> Tensor:
+        """(..., 4C) -> (..., 4C)."""
+        return _reorder(tensor, (-1, 2, 2))
+
+    def to_theirs(self, tensor: Tensor) -> Tensor:
+        """(..., 4C) -> (..., 4C)."""
+        return _reorder(tensor, (2, 2, -1))
+
+
+def _reorder(tensor: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    """The last axis as an array of three axes, with those in reversed order."""
+    return tensor.unflatten(-1, sizes).transpose(-1, -3).flatten(-3).contiguous()
+
+
 class Swin(LocalTransformer):
     """Swin Transformer; takes any image of at least 32 x 32.
 
@@ -83,6 +105,7 @@ class Swin(LocalTransformer):
 
     stem_type = PatchStem
     downsample_type = PatchMerging
+    out_norm = nn.LayerNorm  # Swin-Transformer-Object-Detection, mmdet/models/backbones/swin_transformer.py
     layouts = (
         Layout(
             name="microsoft",
@@ -117,6 +140,30 @@ class Swin(LocalTransformer):
                 Rule("layers.{i}.blocks.{j}.{rest}", "stages.{i}.blocks.{j}.{rest}"),
             ),
             drops=("layers.{i}.blocks.{j}.attn_mask", "layers.{i}.blocks.{j}.attn.relative_position_index"),
+        ),
+        Layout(
+            name="open-mmlab",
+            source="open-mmlab/mmsegmentation, mmseg/models/backbones/swin.py (mmdet alike)",
+            signature=("stages.0.blocks.0.attn.w_msa.relative_position_bias_table",),
+            rules=(
+                Rule("patch_embed.projection.{rest}", "stem.proj.{rest}"),
+                Rule("patch_embed.norm.{rest}", "stem.norm.{rest}"),
+                Rule(
+                    "stages.{i}.downsample.reduction.weight",
+                    "stages.{i+1}.downsample.reduction.weight",
+                    UnfoldedNeighbours(),
+                ),
+                Rule("stages.{i}.downsample.norm.{rest}", "stages.{i+1}.downsample.norm.{rest}", UnfoldedNeighbours()),
+                Rule(
+                    "stages.{i}.blocks.{j}.attn.w_msa.relative_position_bias_table",
+                    "stages.{i}.blocks.{j}.attn.rel_pos_bias",
+                    FlippedTable(),
+                ),
+                Rule("stages.{i}.blocks.{j}.attn.w_msa.{rest}", "stages.{i}.blocks.{j}.attn.{rest}"),
+                Rule("stages.{i}.blocks.{j}.ffn.layers.0.0.{rest}", "stages.{i}.blocks.{j}.mlp.fc1.{rest}"),
+                Rule("stages.{i}.blocks.{j}.ffn.layers.1.{rest}", "stages.{i}.blocks.{j}.mlp.fc2.{rest}"),
+            ),
+            drops=("stages.{i}.blocks.{j}.attn.w_msa.relative_position_index",),
         ),
     )
 

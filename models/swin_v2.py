@@ -21,7 +21,7 @@ from ..ops import Window, local_attention
 from .derived import Derived
 from .layers import Block, NormLayer, Pair, PatchMerging, PatchStem, Size, per_stage, to_pair
 from .registry import register
-from .swin import fitted_windows, shifted_axes, shifted_windows
+from .swin import Swin, fitted_windows, shifted_axes, shifted_windows
 from .transformer import LocalTransformer
 
 LARGEST_SCALE = 100.0
@@ -204,6 +204,7 @@ class SwinV2(LocalTransformer):
     stem_type = PatchStem
     downsample_type = PostNormPatchMerging
     block_type = PostNormBlock
+    out_norm = Swin.out_norm  # its detectors are not released
     layouts = (
         Layout(
             name="microsoft",

@@ -1,0 +1,166 @@
+"""The maps that detectors and segmentors take from a backbone: one for each stage, with the published output norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Format
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from .. import catalog
+from ..loading import convert_on_load
+from ..registry import create_model, read_weights
+from .published import fit_backbone, load_backbone
+
+OUT_NORMS = ("auto", "layer", "none")
+
+
+class DenseBackbone(nn.Module):
+    """Feature maps of a backbone, each with a norm of its own where the published models have one.
+
+    Args:
+        name: a model of this package or of timm, as for ``create_model``.
+        task: ``detection`` or ``segmentation``: dilations and regions are those published for it.
+        out_indices: stages whose maps are taken, negative from the end; None for all (of a timm model, the last of each
+            stride from 4 on).
+        out_norm: ``layer`` puts a layer norm over the channels of every map, ``none`` none; ``auto`` does what the
+            authors of the family did in their detectors and segmentors (timm's models: none).
+        pretrained: load the published classifier, without its head.
+        checkpoint_path: load this file instead, whatever ``create_model`` takes (a classifier's head is left out,
+            tables of another size are resized), or the backbone of a detector or segmentor with its output norms.
+        in_chans: channels of the images.
+        norm_eval: keep the running statistics of batch norms as they are also in training, for small batches on a
+            pretrained backbone (what the published BiFormer detectors do).
+        **kwargs: arguments of the model.
+
+    Attributes:
+        body: what makes the maps.
+        norms: one norm (or Identity) for each of them.
+        channels, strides: of each map.
+        stages: the stage of each map (of a timm model: empty).
+
+    Raises:
+        ValueError: unknown name, argument or option.
+        CheckpointError: the file cannot be had or does not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        task: str = "detection",
+        out_indices: Sequence[int] | None = None,
+        out_norm: str = "auto",
+        pretrained: bool = False,
+        checkpoint_path: str | Path | None = None,
+        in_chans: int = 3,
+        norm_eval: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if out_norm not in OUT_NORMS:
+            raise ValueError(f"out_norm={out_norm!r} must be one of {', '.join(OUT_NORMS)}")
+        variant = catalog.get(name.partition(".")[0])
+        options = {**kwargs, "features_only": True, "in_chans": in_chans}
+        body: Any
+        if variant is not None:
+            options |= {"task": task, "out_indices": out_indices}
+            body = create_model(name, pretrained, **options)
+            # the norms are of the last axis
+            body.output_fmt = Format.NHWC
+        else:
+            body = _timm_features(name, pretrained, checkpoint_path, out_indices, options)
+        self.name = name
+        self.body = body
+        self.norm_eval = norm_eval
+        self.stages: list[int] = list(body.out_indices) if variant is not None else []
+        self.channels: list[int] = body.feature_info.channels()
+        self.strides: list[int] = body.feature_info.reduction()
+        published = None if variant is None else variant.family.out_norm
+        make: Callable[..., nn.Module] = nn.Identity
+        if out_norm == "layer" or (out_norm == "auto" and published is not None):
+            make = published or nn.LayerNorm
+        self.norms = nn.ModuleList(make(channels) for channels in self.channels)
+        self.pretrained_cfg: dict[str, Any] = body.pretrained_cfg
+        self.register_load_state_dict_pre_hook(convert_on_load)
+        if checkpoint_path and variant is not None:
+            load_backbone(self, read_weights(checkpoint_path, variant.name))
+
+    def fit_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The given state dict, this module's or a published one, with this module's keys for all but the body."""
+        return fit_backbone(state, self)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Image (B, in_chans, H, W) to maps (B, channels[i], H / strides[i], W / strides[i])."""
+        maps = self.body(x)
+        if self.body.output_fmt == Format.NCHW:
+            maps = [y.permute(0, 2, 3, 1) for y in maps]
+        # channels-last in memory, as the backbones make them
+        return [norm(y).permute(0, 3, 1, 2) for norm, y in zip(self.norms, maps, strict=True)]
+
+    def train(self, mode: bool = True) -> DenseBackbone:
+        """As ``nn.Module.train``; batch norms stay in evaluation when ``norm_eval``."""
+        super().train(mode)
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass instead of storing them."""
+        body = self.body if hasattr(self.body, "set_grad_checkpointing") else self.body.model
+        body.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that take no weight decay besides norms and biases."""
+        inner, prefix = self._inner()
+        names = inner.no_weight_decay() if hasattr(inner, "no_weight_decay") else ()
+        return {prefix + name for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """timm's layer groups for layer decay: those of the backbone, then the output norms with the heads.
+
+        Args:
+            coarse: groups are stages instead of blocks.
+
+        Returns:
+            a function from the name of a parameter to its group, infinite for what is not the backbone's.
+        """
+        inner, prefix = self._inner()
+        groups: dict[str, int] = {}
+        if hasattr(inner, "group_matcher"):
+            groups = group_parameters(inner, inner.group_matcher(coarse=coarse), reverse=True)
+        named = {prefix + name: (float(group),) for name, group in groups.items()}
+        return lambda name: named.get(name, (float("inf"),))
+
+    def _inner(self) -> tuple[Any, str]:
+        """The bare backbone, and the prefix of its parameters here."""
+        inner = getattr(self.body, "model", None)
+        return (self.body, "body.") if inner is None else (inner, "body.model.")
+
+
+def _timm_features(
+    name: str,
+    pretrained: bool,
+    checkpoint_path: str | Path | None,
+    out_indices: Sequence[int] | None,
+    options: dict[str, Any],
+) -> nn.Module:
+    """timm's feature extractor, by ``forward_intermediates`` where the model has it: that keeps the model's groups."""
+    if checkpoint_path:
+        # timm would load a file into the extractor, whose names differ
+        pretrained, options["pretrained_cfg_overlay"] = True, {"file": str(checkpoint_path)}
+    with torch.device("meta"):
+        whole: Any = timm.create_model(name)
+    if out_indices is None:
+        last = {info["reduction"]: i for i, info in enumerate(whole.feature_info) if info["reduction"] >= 4}
+        out_indices = sorted(last.values())
+    if hasattr(whole, "forward_intermediates"):
+        options["feature_cls"] = "getter"
+    return create_model(name, pretrained, out_indices=out_indices, **options)

@@ -1,0 +1,221 @@
+"""Files of mmdet and mmseg, as the authors of NAT, DiNAT, Swin and BiFormer publish them, into models of this package.
+
+Such a file holds a backbone with one norm for each map (``backbone.norm0`` to ``norm3``, BiFormer's ``extra_norms``)
+and, beside it, a decoder (mmseg: ``decode_head``, ``auxiliary_head``, ``neck``) or a detector (mmdet: ``neck``,
+``rpn_head``, ``roi_head``). Every module here rewrites the keys of its own part when it is loaded: the segmentor its
+heads, the ``DenseBackbone`` its norms, the backbone the rest. Keys of mmdet 2 and 3, and of mmseg 0.x and 1.x, are the same.
+
+A segmentor of such a file computes what mmseg computes (tests/golden/dense).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...checkpoints import CheckpointMismatch, Layout, Rule, convert, describe_mismatch, read, resolve, unwrap
+from ..features import Features
+from ..loading import OUTPUT_NORM, convert_on_load, shapes_of
+from ..registry import load_weights
+
+if TYPE_CHECKING:
+    from .backbone import DenseBackbone
+
+_logger = logging.getLogger("nearfield.models")
+
+_BACKBONE = "backbone."
+_OURS = "body."
+
+
+def _conv_norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    """mmcv's ConvModule -> ConvNormReLU."""
+    return Rule(f"{theirs}.conv.{{rest}}", f"{ours}.conv.{{rest}}"), Rule(
+        f"{theirs}.bn.{{rest}}", f"{ours}.norm.{{rest}}"
+    )
+
+
+_FCN = (
+    *_conv_norm("auxiliary_head.convs.{i}", "aux_head.convs.{i}"),
+    Rule("auxiliary_head.conv_seg.{rest}", "aux_head.classifier.conv.{rest}"),
+)
+
+UPERNET = Layout(
+    name="mmseg-upernet",
+    source="open-mmlab/mmsegmentation, mmseg/models/decode_heads/uper_head.py, psp_head.py and fcn_head.py",
+    signature=("decode_head.psp_modules.0.1.conv.weight",),
+    rules=(
+        *_conv_norm("decode_head.psp_modules.{i}.1", "head.pool.convs.{i}"),
+        *_conv_norm("decode_head.bottleneck", "head.pool.fuse"),
+        *_conv_norm("decode_head.lateral_convs.{i}", "head.laterals.{i}"),
+        *_conv_norm("decode_head.fpn_convs.{i}", "head.outputs.{i}"),
+        *_conv_norm("decode_head.fpn_bottleneck", "head.fuse"),
+        Rule("decode_head.conv_seg.{rest}", "head.classifier.conv.{rest}"),
+        *_FCN,
+    ),
+)
+
+SEMANTIC_FPN = Layout(
+    name="mmseg-fpn",
+    source="open-mmlab/mmsegmentation, mmseg/models/decode_heads/fpn_head.py and necks/fpn.py",
+    signature=("decode_head.scale_heads.0.0.conv.weight", "neck.lateral_convs.0.conv.weight"),
+    rules=(
+        Rule("neck.lateral_convs.{i}.conv.{rest}", "head.fpn.inner_blocks.{i}.0.{rest}"),
+        Rule("neck.fpn_convs.{i}.conv.{rest}", "head.fpn.layer_blocks.{i}.0.{rest}"),
+        # every second of theirs is a doubling
+        *_conv_norm("decode_head.scale_heads.{i}.0", "head.scales.{i}.convs.0"),
+        *_conv_norm("decode_head.scale_heads.{i}.2", "head.scales.{i}.convs.1"),
+        *_conv_norm("decode_head.scale_heads.{i}.4", "head.scales.{i}.convs.2"),
+        Rule("decode_head.conv_seg.{rest}", "head.classifier.conv.{rest}"),
+        *_FCN,
+    ),
+)
+
+
+class LoadsPublishedDense(nn.Module):
+    """Base of models on a ``DenseBackbone`` whose ``load_state_dict`` takes published keys and whole checkpoint files.
+
+    Class attributes, set by the models: ``layouts`` (published layouts of what is not the backbone), ``optional``
+    (prefixes of parts that a file or a model may do without) and ``classifiers`` (matches the keys whose first axis has
+    the classes).
+    """
+
+    layouts: ClassVar[tuple[Layout, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
+    classifiers: ClassVar[re.Pattern[str]]
+
+    backbone: DenseBackbone
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(convert_on_load)
+
+    def fit_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The given state dict with this model's keys for all but the backbone, which rewrites its own."""
+        return convert(state, self.layouts, shapes_of(self))[0]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``, for published keys too; also takes all that a checkpoint file holds."""
+        if any(not isinstance(value, Tensor) for value in state_dict.values()):
+            state_dict = unwrap(state_dict, backbone=False)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def fit_backbone(state: Mapping[str, Tensor], backbone: DenseBackbone) -> dict[str, Tensor]:
+    """A backbone's state dict, of any published layout, with the keys of a ``DenseBackbone``.
+
+    Output norms are taken by the stage in their name; those that the model does not have are left out, which one log
+    line says. What the body has to convert is left to it.
+    """
+    if not isinstance(backbone.body, Features) or any(key.startswith(_OURS) for key in state):
+        return dict(state)
+    stages = backbone.stages
+    own = shapes_of(backbone.norms)
+    fitted = {}
+    unused = set()
+    for key, value in state.items():
+        norm = OUTPUT_NORM.fullmatch(key)
+        if norm is None:
+            fitted[_OURS + key] = value
+            continue
+        stage, leaf = int(norm[1]), norm[2]
+        name = f"{stages.index(stage)}.{leaf}" if stage in stages else ""
+        if name in own:
+            fitted[f"norms.{name}"] = value
+        else:
+            unused.add(stage)
+    if unused:
+        which = ", ".join(str(stage) for stage in sorted(unused))
+        _logger.warning("the file's output norms of stages %s are left out: the model has none there", which)
+    return fitted
+
+
+def load_backbone(backbone: DenseBackbone, state: Mapping[str, Tensor]) -> None:
+    """Load a backbone's weights: a classifier's, or those of a detector or segmentor with their output norms.
+
+    The head of a classifier is left out, tables are resized, the first convolution is adapted to the channels of
+    images, and norms that the file does not have stay as they are.
+
+    Raises:
+        CheckpointMismatch: it is another model's.
+    """
+    fitted = fit_backbone(state, backbone)
+    body = {key.removeprefix(_OURS): value for key, value in fitted.items() if key.startswith(_OURS)}
+    if isinstance(backbone.body, Features):
+        load_weights(backbone.body, {key.removeprefix("model."): value for key, value in body.items()})
+    else:
+        backbone.body.load_state_dict(body)
+    norms = {key.removeprefix("norms."): value for key, value in fitted.items() if key.startswith("norms.")}
+    if norms:
+        _check(norms, shapes_of(backbone.norms), "the output norms")
+        backbone.norms.load_state_dict(norms)
+
+
+def read_dense(source: str | Path | None) -> dict[str, Tensor] | None:
+    """The state dict of a detector or segmentor, None where ``source`` (see ``checkpoints.resolve``) is a classifier.
+
+    Raises:
+        CheckpointError: the file cannot be had or is none.
+    """
+    if not source:
+        return None
+    state = read(resolve(source), backbone=False)
+    return state if any(key.startswith(_BACKBONE) for key in state) else None
+
+
+def load_dense(model: LoadsPublishedDense, state: Mapping[str, Tensor]) -> None:
+    """Load a detector's or segmentor's file: all of it into one of the same kind, else its backbone alone.
+
+    Args:
+        model: made for any number of classes: classifiers for another number stay as they were drawn.
+        state: what ``read_dense`` gives.
+
+    Raises:
+        CheckpointMismatch: its backbone or its heads are others than the model's.
+    """
+    fitted = model.fit_state_dict(state)
+    own = shapes_of(model)
+    inside = {key.removeprefix(_BACKBONE): value for key, value in fitted.items() if key.startswith(_BACKBONE)}
+    heads = {key: value for key, value in fitted.items() if not key.startswith(_BACKBONE)}
+    wanted = {key: shape for key, shape in own.items() if not key.startswith(_BACKBONE)}
+    if not heads.keys() & wanted.keys():
+        _logger.warning("the file has other heads (%s): its backbone alone is loaded", _parts(heads))
+        load_backbone(model.backbone, inside)
+        return
+    load_backbone(model.backbone, inside)
+    notes = []
+    for part in model.optional:
+        there, here = (any(key.startswith(part) for key in keys) for keys in (heads, wanted))
+        if there != here:
+            notes.append(f"{part.rstrip('.')} is {'left out' if there else 'not in the file'}")
+            heads = {key: value for key, value in heads.items() if not key.startswith(part)}
+            wanted = {key: shape for key, shape in wanted.items() if not key.startswith(part)}
+    anew = [
+        key
+        for key, shape in wanted.items()
+        if model.classifiers.fullmatch(key) and key in heads and heads[key].shape[0] != shape[0]
+    ]
+    if anew:
+        notes.append(
+            f"classifiers for {wanted[anew[0]][0]} classes stay as drawn, the file has {heads[anew[0]].shape[0]}"
+        )
+    heads = {key: value for key, value in heads.items() if key not in anew}
+    wanted = {key: shape for key, shape in wanted.items() if key not in anew}
+    _check(heads, wanted, "the heads")
+    nn.Module.load_state_dict(model, heads, strict=False)
+    if notes:
+        _logger.warning("%s", "; ".join(notes))
+
+
+def _parts(keys: Iterable[str]) -> str:
+    return ", ".join(sorted({key.partition(".")[0] for key in keys})) or "none"
+
+
+def _check(state: Mapping[str, Tensor], expected: Mapping[str, Any], what: str) -> None:
+    difference = describe_mismatch(state, expected)
+    if difference:
+        raise CheckpointMismatch(f"{what} of the file do not fit the model: {difference}")
