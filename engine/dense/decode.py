@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 from ..errors import DataError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels: Pillow's colour mode
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 def read_image(path: str | Path, channels: int = 3, *, upright: bool = True) -> tv_tensors.Image:
@@ -86,3 +87,23 @@ def turned(image: Image.Image) -> Image.Image:
 def unreadable(name: object, error: Exception) -> DataError:
     """The one line about a picture that cannot be read."""
     return DataError(f"{name}: cannot read this image ({error}): repair or remove it")
+
+
+def image_size(path: str | Path, *, upright: bool = True) -> tuple[int, int]:
+    """(height, width) of the picture in a file, as `read_image` would give it, from its header alone.
+
+    Raises:
+        DataError: the file is missing or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            try:
+                across = upright and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            except Exception:  # as in `turned`
+                across = False
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except Exception as error:  # Pillow raises nearly everything
+        raise unreadable(path, error) from error
+    return (width, height) if across else (height, width)

@@ -1,0 +1,123 @@
+"""Outlines and run lengths of objects as COCO writes them: checked, kept compactly, and drawn when they are wanted."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pack(segmentation: Any, size: tuple[int, int]) -> tuple[bytes, int] | None:
+    """A segmentation as bytes, and how many of its polygons were left out for having fewer than three corners.
+
+    COCO's loaders take a polygon of four numbers for a box; it is none.
+
+    Args:
+        segmentation: polygons [[x, y, x, y, ...], ...], or run lengths {"size": [height, width], "counts": ...} with
+            counts as numbers or as COCO's string.
+        size: (height, width) of the image.
+
+    Returns:
+        None if there is nothing to draw.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if isinstance(segmentation, Mapping):
+        return _pack_runs(segmentation, size), 0
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
+        raise ValueError(f"a segmentation is a list of polygons or run lengths, not {_shown(segmentation)}")
+    rings = []
+    for polygon in segmentation:
+        try:
+            ring = array("d", polygon)
+        except TypeError as error:
+            raise ValueError(f"a polygon is a list of numbers, not {_shown(polygon)}") from error
+        if len(ring) % 2:
+            raise ValueError(f"a polygon of {len(ring)} numbers: x and y come in pairs")
+        if not all(map(math.isfinite, ring)):
+            raise ValueError("a polygon has a coordinate that is not finite")
+        if len(ring) >= 6:
+            rings.append(ring)
+    if not rings:
+        return None
+    packed = array("d", [len(rings), *map(len, rings)])
+    for ring in rings:
+        packed += ring
+    # run lengths are ASCII, so a leading NUL tells them apart
+    return b"\0" + packed.tobytes(), len(segmentation) - len(rings)
+
+
+def unpack(packed: bytes, size: tuple[int, int]) -> Any:
+    """The segmentation in COCO's form: polygons, or run lengths with counts as a string."""
+    if packed[:1] != b"\0":
+        return {"size": list(size), "counts": packed.decode("ascii")}
+    numbers = np.frombuffer(packed, np.float64, offset=1)
+    count = int(numbers[0])
+    ends = np.cumsum(numbers[1 : 1 + count].astype(int))[:-1]
+    return [ring.tolist() for ring in np.split(numbers[1 + count :], ends)]
+
+
+def draw(packed: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The mask (height, width), 1 inside; the very pixels that COCO's own API sets.
+
+    Raises:
+        ValueError: run lengths that do not fill the image.
+    """
+    from faster_coco_eval.core.mask import decode
+
+    return np.asarray(decode(_runs(packed, size)))
+
+
+def area(packed: bytes, size: tuple[int, int]) -> float:
+    """The number of pixels in the mask."""
+    from faster_coco_eval.core import mask
+
+    return float(mask.area(_runs(packed, size)))
+
+
+def bounds(packed: bytes, size: tuple[int, int]) -> list[float]:
+    """The box (x, y, width, height) around the mask's pixels or the polygons' corners."""
+    if packed[:1] == b"\0":
+        corners = np.concatenate([np.reshape(ring, (-1, 2)) for ring in unpack(packed, size)])
+        low, high = corners.min(0), corners.max(0)
+        return [*low.tolist(), *(high - low).tolist()]
+    from faster_coco_eval.core.mask import toBbox
+
+    return [float(value) for value in np.ravel(toBbox(_runs(packed, size)))]
+
+
+def _runs(packed: bytes, size: tuple[int, int]) -> dict[str, Any]:
+    from faster_coco_eval.core.mask import segmToRle
+
+    segmentation = unpack(packed, size)
+    return segmentation if isinstance(segmentation, dict) else segmToRle(segmentation, size[1], size[0])
+
+
+def _pack_runs(segmentation: Mapping[str, Any], size: tuple[int, int]) -> bytes:
+    if "counts" not in segmentation or "size" not in segmentation:
+        raise ValueError("run lengths have a size and counts")
+    if list(segmentation["size"]) != list(size):
+        raise ValueError(f"its mask is {segmentation['size']} (height, width), but the image is {list(size)}")
+    counts = segmentation["counts"]
+    if isinstance(counts, (str, bytes)):
+        return counts.encode("ascii") if isinstance(counts, str) else counts
+    try:
+        runs = [int(run) for run in counts]
+    except (TypeError, ValueError) as error:
+        raise ValueError("the counts of run lengths are a list of whole numbers or a string") from error
+    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+        raise ValueError(f"its run lengths cover {sum(runs)} pixels, but the image has {size[0] * size[1]}")
+    from faster_coco_eval.core.mask import frPyObjects
+
+    packed = frPyObjects({"size": list(size), "counts": runs}, *size)["counts"]
+    return packed.encode("ascii") if isinstance(packed, str) else packed
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
