@@ -14,12 +14,15 @@ from .models import create_model, from_pretrained, list_models, push_to_hub, sav
 
 if TYPE_CHECKING:
     from .models.accelerate import accelerate
+    from .models.dense import create_detector, create_segmentor
 
 __all__ = [
     "__version__",
     "accelerate",
     "checkpoints",
+    "create_detector",
     "create_model",
+    "create_segmentor",
     "engine",
     "from_pretrained",
     "list_models",
@@ -30,9 +33,17 @@ __all__ = [
 ]
 
 
+# imported when they are asked for
+_LAZY = {
+    "accelerate": ".models.accelerate",
+    "create_detector": ".models.dense",
+    "create_segmentor": ".models.dense",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "accelerate":
-        return importlib.import_module(".models.accelerate", __name__).accelerate
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
     # training brings in torchvision and more: only for those who ask
     if name == "engine":
         return importlib.import_module(f".{name}", __name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +17,7 @@ class ConvNormReLU(nn.Module):
     Args:
         in_channels, out_channels: channels.
         kernel_size: odd.
-        norm: ``batch``, or ``group`` for 32 groups (as many as divide the channels, if fewer do).
+        norm: ``batch``, or ``group`` for 32 groups, fewer where they would have less than four channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: str = "batch") -> None:
@@ -40,8 +42,8 @@ def _norm(name: str, channels: int) -> nn.Module:
     if name == "batch":
         return nn.BatchNorm2d(channels)
     if name == "group":
-        groups = next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0)
-        return nn.GroupNorm(groups, channels)
+        # a group of a single channel would have no statistics on a map of one token
+        return nn.GroupNorm(gcd(32, channels // 4) if channels % 4 == 0 else 1, channels)
     raise ValueError(f"norm={name!r} is unknown: use batch or group")
 
 

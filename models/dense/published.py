@@ -3,7 +3,7 @@
 Such a file holds a backbone with one norm for each map (``backbone.norm0`` to ``norm3``, BiFormer's ``extra_norms``)
 and, beside it, a decoder (mmseg: ``decode_head``, ``auxiliary_head``, ``neck``) or a detector (mmdet: ``neck``,
 ``rpn_head``, ``roi_head``). Every module here rewrites the keys of its own part when it is loaded: the segmentor its
-heads, the ``DenseBackbone`` its norms, the backbone the rest. Keys of mmdet 2 and 3, and of mmseg 0.x and 1.x, are the same.
+heads, the ``DenseBackbone`` its norms, the backbone the rest. mmdet 2 and 3, and mmseg 0 and 1, have the same keys.
 
 A segmentor of such a file computes what mmseg computes (tests/golden/dense).
 """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backbone import DenseBackbone
 from .convs import resize
@@ -39,12 +39,12 @@ class Segmentor(LoadsPublishedDense):
     optional = ("aux_head.",)
     classifiers = re.compile(r"(aux_)?head\.classifier\.conv\.(weight|bias)")
 
-    def __init__(self, backbone: DenseBackbone, head: nn.Module, aux_head: nn.Module | None = None) -> None:
+    def __init__(self, backbone: DenseBackbone, head: UPerNet | SemanticFPN, aux_head: FCN | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head: Any = head
-        self.aux_head: Any = aux_head
-        self.num_classes: int = self.head.classifier.conv.out_channels
+        self.head = head
+        self.aux_head = aux_head
+        self.num_classes = head.classifier.conv.out_channels
         self.pretrained_cfg: dict[str, Any] = backbone.pretrained_cfg
 
     def forward(self, x: Tensor) -> Any:
@@ -134,7 +134,7 @@ def create_segmentor(
         **backbone_options,
     )
     widths, strides = backbone.channels, backbone.strides
-    decoder: nn.Module
+    decoder: UPerNet | SemanticFPN
     if head == "upernet":
         decoder = UPerNet(widths, num_classes, channels or 512, dropout, norm=norm)
     else:

@@ -19,7 +19,7 @@ OPS_ROOMS = [
 OUTSIDE = {
     "ops": {"torch", "numpy", "triton"},
     "checkpoints": {"torch", "numpy", "yaml", "safetensors", "huggingface_hub"},
-    "models": {"torch", "numpy", "timm"},
+    "models": {"torch", "torchvision", "numpy", "timm"},
 }
 SKIPPED = {"tests", "build", "dist"}
 

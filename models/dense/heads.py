@@ -1,0 +1,129 @@
+"""The heads of R-CNNs, of torchvision's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+
+from .geometry import Anchors, RegionPool
+
+CELLS = 7
+
+
+class AgnosticPredictor(FastRCNNPredictor):
+    """``FastRCNNPredictor`` with one box for all classes, given out once for each.
+
+    Args:
+        in_channels: features of a region.
+        num_classes: classes with background.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes)
+        self.bbox_pred = nn.Linear(in_channels, 4)
+        self.num_classes = num_classes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, in_channels) to (n, classes) and (n, 4 * classes)."""
+        scores, deltas = super().forward(x)
+        return scores, deltas.repeat(1, self.num_classes)
+
+
+def proposal_network(channels: int, anchors: Anchors, proposals: int) -> RegionProposalNetwork:
+    """The network that proposes regions, with the settings of the published detectors.
+
+    Args:
+        channels: of the maps.
+        anchors: what it starts from.
+        proposals: boxes that it hands on for an image, out of the best 2000 (in evaluation 1000) of each map.
+    """
+    head = RPNHead(channels, anchors.num_anchors_per_location()[0])
+    in_full_precision(head)
+    return RegionProposalNetwork(
+        anchors,
+        head,
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 2000, "testing": 1000},
+        post_nms_top_n={"training": proposals, "testing": proposals},
+        nms_thresh=0.7,
+    )
+
+
+def region_heads(
+    channels: int,
+    num_classes: int,
+    box_pool: RegionPool,
+    *,
+    iou: float = 0.5,
+    box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+    samples: int = 512,
+    convs: int = 0,
+    features: int = 1024,
+    class_agnostic: bool = False,
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
+    detections: int = 100,
+    mask_pool: RegionPool | None = None,
+    mask_convs: int = 4,
+    mask_channels: int = 256,
+) -> RoIHeads:
+    """Box heads, and mask heads where there is a pool for them; arguments as in ``create_detector``.
+
+    Args:
+        channels: of the maps.
+        num_classes: classes with background.
+        box_pool, mask_pool: cut regions out of the maps.
+        iou: overlap from which a proposal is an object.
+        box_weights: scales of the box deltas.
+    """
+    box_head: nn.Module = TwoMLPHead(channels * CELLS**2, features)
+    if convs:
+        size = (channels, CELLS, CELLS)
+        box_head = FastRCNNConvFCHead(size, [channels] * convs, [features], norm_layer=nn.BatchNorm2d)
+    predictor = AgnosticPredictor if class_agnostic else FastRCNNPredictor
+    masks: dict[str, Any] = {}
+    if mask_pool is not None:
+        masks["mask_roi_pool"] = mask_pool
+        masks["mask_head"] = MaskRCNNHeads(channels, (mask_channels,) * mask_convs, 1)
+        last = mask_channels if mask_convs else channels
+        masks["mask_predictor"] = MaskRCNNPredictor(last, mask_channels, num_classes)
+        in_full_precision(masks["mask_predictor"])
+    heads = RoIHeads(
+        box_pool,
+        box_head,
+        predictor(features, num_classes),
+        fg_iou_thresh=iou,
+        bg_iou_thresh=iou,
+        batch_size_per_image=samples,
+        positive_fraction=0.25,
+        bbox_reg_weights=tuple(box_weights),
+        score_thresh=score_threshold,
+        nms_thresh=nms_threshold,
+        detections_per_img=detections,
+        **masks,
+    )
+    in_full_precision(heads.box_predictor)
+    return heads
+
+
+def in_full_precision(module: nn.Module) -> None:
+    """Let a module give single precision under autocast: boxes are decoded in the dtype of the deltas."""
+    module.register_forward_hook(_widen)
+
+
+def _widen(module: nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.to(torch.promote_types(output.dtype, torch.float32))
+    if isinstance(output, dict):
+        return {name: _widen(module, args, value) for name, value in output.items()}
+    return type(output)(_widen(module, args, value) for value in output)
