@@ -98,7 +98,12 @@ class CocoMetrics:
         if "segm" in self.kinds:
             if "masks" not in output:
                 raise ValueError(f"image_id {image_id}: predictions without masks: ask for kinds=('bbox',) alone")
-            for entry, mask in zip(found, _encode(output["masks"], self._sizes[image_id], image_id), strict=True):
+            masks, size = output["masks"], self._sizes[image_id]
+            if len(masks) and masks.shape[-2:] != size:
+                raise ValueError(
+                    f"image_id {image_id}: masks of {tuple(masks.shape[-2:])}, but the image is {size} pixels"
+                )
+            for entry, mask in zip(found, encode_masks(masks), strict=True):
                 entry["segmentation"] = mask
         return found
 
@@ -194,14 +199,12 @@ def binary_masks(masks: Tensor) -> Tensor:
     return masks > 0.5 if masks.is_floating_point() else masks != 0
 
 
-def _encode(masks: Tensor, size: tuple[int | None, int | None], image_id: int) -> list[dict[str, Any]]:
-    """Run lengths of masks (N, H, W) or (N, 1, H, W), which must be as large as the image."""
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """COCO's run lengths of masks as `binary_masks` takes them: `size` [H, W] and `counts`, a string."""
     from faster_coco_eval.core import mask as coder
 
-    masks = binary_masks(masks.detach())
-    if masks.shape[1:] != size and len(masks):
-        raise ValueError(f"image_id {image_id}: masks of {tuple(masks.shape[1:])}, but the image is {size} pixels")
-    columns = masks.transpose(1, 2).contiguous().to("cpu", torch.uint8).numpy()  # run lengths go down the columns
+    binary = binary_masks(masks.detach())
+    columns = binary.transpose(1, 2).contiguous().to("cpu", torch.uint8).numpy()  # run lengths go down the columns
     if not len(columns):
         return []
     runs = coder.encode(np.asfortranarray(columns.transpose(2, 1, 0)))

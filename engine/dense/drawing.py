@@ -1,4 +1,4 @@
-"""Pictures of what a model sees: boxes, masks and class maps over images, next to the ground truth.
+"""Pictures of what a model sees: likely classes, boxes, masks and class maps over images, next to the ground truth.
 
 Small images are enlarged, labels are put beside the objects and not on them, class maps get a legend.
 """
@@ -156,6 +156,22 @@ def legend(names: Mapping[str, Colour], width: int, size: int = 18) -> Image.Ima
         pen.rectangle((x, y, x + 1.5 * size, y + size), fill=colour, outline=_INK)
         pen.text((x + 2 * size, y + size / 2), name, fill=_INK, font=font, anchor="lm")
     return strip
+
+
+def draw_caption(image: Tensor, shares: Mapping[str, float]) -> Image.Image:
+    """The image above a bar of each share, 0 to 1, with its name."""
+    base = _base(image)
+    size = _font_size(base)
+    font, row = _font(size), size * 3 // 2
+    picture = Image.new("RGB", (base.width, base.height + row * len(shares) + size // 2), _PAPER)
+    picture.paste(base, (0, 0))
+    pen, y = ImageDraw.Draw(picture), base.height + size // 4
+    for name, share in shares.items():
+        pen.rectangle((0, y + 1, share * base.width, y + row - 2), fill=(178, 211, 245))
+        text = f"{share:.1%}  {name}"
+        pen.text((size // 2, y + row / 2), text, fill=_INK, font=_shrunk(text, font, base.width - size), anchor="lm")
+        y += row
+    return picture
 
 
 def sheet(
