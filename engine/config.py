@@ -42,18 +42,29 @@ class DataConfig:
     """Which images, how many at once, and how they are prepared for evaluation."""
 
     name: str = (
-        "digits"  # digits, synthetic, folder, or a name of timm.data.create_dataset: wds/..., hfds/..., torch/...
+        "digits"  # digits, synthetic, folder, or a name of timm.data.create_dataset: wds/..., hfds/..., torch/...;
+        # detection: scenes, coco; segmentation: scenes, ade20k, cityscapes, voc, masks
     )
     root: str | None = None  # folder with train/ and val/ (or validation/), or with train.tar and val.tar
     train_split: str = "train"
     val_split: str = "validation"  # timm's synonyms are understood: val, validation, valid, test
     num_classes: int | None = _number(None, low=1)  # null: counted; streams that cannot be counted need it
-    num_images: int = _number(256, low=2)  # size of the synthetic set
+    num_images: int = _number(256, low=2)  # size of the synthetic set; scenes to train on (a quarter as many held out)
+    scene_size: int = _number(128, low=64)  # pixels a side
     train_samples: int | None = _number(None, low=1)  # length of a stream that does not know it
     val_samples: int | None = _number(None, low=1)
     held_out: float = _number(0.2, low=0.01, high=0.9)  # fraction of the digits that is never trained on
     split_seed: int = 0  # of that split; independent of the training seed
     class_map: str = ""  # file with one class name per line (timm)
+    train_images: str | None = None  # coco: folder of images below root; null: found by its usual names
+    val_images: str | None = None
+    train_annotations: str | None = None  # coco: annotation file below root; null: found by its usual names
+    val_annotations: str | None = None
+    keep_empty: bool = True  # coco: train on images without an object too
+    class_names: list[str] | None = None  # masks: classes in the order of their labels; null: classes.txt, or the set's
+    label_map: dict[str, int] | None = None  # masks: stored number, or "red,green,blue", to class; 255 is ignored
+    mask_suffix: str = ""  # masks: _mask if the mask of cat.jpg is cat_mask.png
+    skip_missing: bool = False  # coco and masks: leave images out whose file or mask is missing instead of refusing
     download: bool = False  # let torchvision or Hugging Face fetch the set
     batch_size: int = _number(64, low=1)  # images per step
     eval_batch_size: int | None = _number(None, low=1)  # null: batch_size
@@ -92,6 +103,7 @@ class SchedConfig:
 
     name: str = _choice("cosine", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
     warmup_epochs: float = _number(0, low=0)
+    warmup_updates: int | None = _number(None, low=0)  # the same in updates
     warmup_lr: float = _number(1e-6, low=0)
     warmup_prefix: bool = False  # true: the curve starts after the warm-up; false: it runs under it
     min_lr: float = _number(0.0, low=0)
@@ -128,15 +140,33 @@ class AugConfig:
     rotate: float = _number(0.0, low=0, high=180)  # degrees; this and the next two act on sets kept in memory (digits)
     translate: float = _number(0.0, low=0, high=1)  # fraction of the side
     zoom: float = _number(0.0, low=0, high=0.9)  # fraction
+    # detection: none, multi_scale, multi_scale_crop, jitter; segmentation: none, random_crop, light
+    policy: str = "none"
+    kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the policy: engine/dense/{transforms,crops}.py
 
 
 @dataclass
 class TaskConfig:
     """What is learned."""
 
-    name: str = _choice("classification", "classification")
+    name: str = _choice("classification", "classification", "detection", "segmentation")
+    # classification
     loss: str = _choice("cross_entropy", "cross_entropy", "bce")
     smoothing: float = _number(0.1, low=0, high=0.99)  # label smoothing
+    # detection and segmentation
+    head: str | None = None  # nearfield.create_detector's or create_segmentor's; null: mask_rcnn or upernet
+    out_norm: str = _choice("auto", "auto", "layer", "none")  # of each map of the backbone; auto: as its authors did
+    kwargs: dict[str, Any] = field(default_factory=dict)  # any other argument of create_detector or create_segmentor
+    min_size: int = _number(800, low=16)  # detection: shorter side when evaluated, pixels
+    max_size: int = _number(1333, low=16)  # detection: and the longest that this may make
+    threshold: float = _number(0.5, low=0, high=1)  # detection: score from which pictures show an object
+    pictures: int = _number(6, low=0)  # images that are drawn at the end, next to the truth
+    aux_weight: float = _number(0.4, low=0)  # segmentation: of the auxiliary head's loss
+    fit: list[int] | None = field(default=None, metadata={"low": 16})  # segmentation, evaluated: (longest, shortest) side
+    ratios: list[float] = field(default_factory=lambda: [1.0], metadata={"low": 0.05})  # times these, averaged
+    flip: bool = False  # and mirrored as well
+    crop: int | None = _number(None, low=16)  # sliding window, pixels; null: whole images
+    stride: int | None = _number(None, low=1)
 
 
 @dataclass
@@ -144,6 +174,7 @@ class TrainerConfig:
     """The loop."""
 
     epochs: int = _number(30, low=1)
+    updates: int | None = _number(None, low=1)  # train for so many updates, whatever epochs says
     accumulate: int = _number(1, low=1)  # batches per update
     clip_grad: float | None = _number(None, low=0)
     clip_mode: str = _choice("norm", "norm", "value", "agc")

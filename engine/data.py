@@ -70,7 +70,7 @@ def open_source(config: DataConfig, *, splits: Iterable[str] = ("train", "val"),
             part.images = part.images.expand(-1, channels, -1, -1)
         names = [str(digit) for digit in range(10)] if config.name == "digits" else None
         counted = 10 if names else config.num_classes or 10
-        _check_count(config, counted, names)
+        check_count(config, counted, names)
         return Source(train, val, counted, channels, names)
     channels = in_chans or 3
     mode = MODES.get(channels)
@@ -93,11 +93,12 @@ def open_source(config: DataConfig, *, splits: Iterable[str] = ("train", "val"),
     if count is None:
         raise ConfigError(f"data.num_classes is not set, and the classes of {config.name} cannot be counted: set it")
     if names:
-        _check_count(config, count, names)
+        check_count(config, count, names)
     return Source(opened.get("train"), opened.get("val"), count, channels, names)
 
 
-def _check_count(config: DataConfig, count: int, names: list[str] | None) -> None:
+def check_count(config: DataConfig, count: int, names: list[str] | None) -> None:
+    """ConfigError if `data.num_classes` is not what the data has."""
     if config.num_classes is not None and config.num_classes != count:
         which = f" ({listing(names, limit=5)})" if names else ""
         raise ConfigError(
@@ -120,23 +121,34 @@ def prepare(config: DataConfig, model: Any, *, img_size: tuple[int, int] | None,
     # the pretrained_cfg of a torchvision-like or custom model may be missing: timm's defaults then
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     resolved = resolve_data_config({k: v for k, v in arguments.items() if v is not None}, pretrained_cfg=dict(cfg))
-    in_memory = config.name in ("digits", "synthetic")
-    mean = config.mean or ([0.5] if in_memory else list(resolved["mean"]))
-    std = config.std or ([0.5] if in_memory else list(resolved["std"]))
-    for key, values in (("mean", mean), ("std", std)):
-        if len(values) not in (1, in_chans):
-            if getattr(config, key) is not None:
-                raise ConfigError(f"data.{key}: {len(values)} values for {in_chans} channels; give 1 or {in_chans}")
-            values[:] = [sum(values) / len(values)]
+    own = {"mean": [0.5], "std": [0.5]} if config.name in ("digits", "synthetic") else resolved
+    mean, std = mean_and_std(config, own, in_chans)
     size = tuple(int(side) for side in resolved["input_size"][-2:])
     return Preparation(
         (size[0], size[1]),
-        mean * (in_chans // len(mean)),
-        std * (in_chans // len(std)),
+        mean,
+        std,
         resolved["interpolation"],
         resolved["crop_pct"],
         resolved["crop_mode"],
     )
+
+
+def mean_and_std(config: DataConfig, own: Mapping[str, Any], in_chans: int) -> tuple[list[float], list[float]]:
+    """Per channel, of images in [0, 1]: as configured, or else the model's own (`own`, a pretrained_cfg).
+
+    Raises:
+        ConfigError: `data.mean` or `data.std` has another number of values than there are channels.
+    """
+    found = []
+    for key in ("mean", "std"):
+        values = list(getattr(config, key) or own[key])
+        if len(values) not in (1, in_chans):
+            if getattr(config, key) is not None:
+                raise ConfigError(f"data.{key}: {len(values)} values for {in_chans} channels; give 1 or {in_chans}")
+            values = [sum(values) / len(values)]
+        found.append(values * (in_chans // len(values)))
+    return found[0], found[1]
 
 
 def train_batches(
@@ -148,12 +160,7 @@ def train_batches(
         ConfigError: the batch is larger than the set.
     """
     dataset = source.train
-    count = len(dataset)
-    if 0 < count < config.batch_size:
-        raise ConfigError(
-            f"data.batch_size={config.batch_size} is larger than the training set ({count} images): "
-            f"set data.batch_size to at most {count}"
-        )
+    check_batch_size(config, dataset)
     if isinstance(dataset, memory.MemorySet):
         loader: Any = memory.MemoryLoader(
             dataset,
@@ -170,6 +177,16 @@ def train_batches(
     if config.overfit_batches:
         return Batches(list(itertools.islice(loader, config.overfit_batches)))
     return Batches(loader, config.limit_train_batches)
+
+
+def check_batch_size(config: DataConfig, dataset: Any) -> None:
+    """ConfigError if a batch is larger than the set to train on."""
+    count = len(dataset)
+    if 0 < count < config.batch_size:
+        raise ConfigError(
+            f"data.batch_size={config.batch_size} is larger than the training set ({count} images): "
+            f"set data.batch_size to at most {count}"
+        )
 
 
 def eval_batches(config: DataConfig, source: Source, how: Preparation, device: torch.device, *, split: str) -> Batches:
@@ -212,9 +229,6 @@ def _timm_loader(
 
     training = aug is not None
     aug = aug or AugConfig(no_aug=True)
-    workers = min(config.workers, cores())
-    if workers < config.workers:
-        _logger.info("data.workers=%d lowered to %d, the cores there are", config.workers, workers)
     loader = create_loader(
         dataset,
         input_size=(source.in_chans, *how.size),
@@ -235,7 +249,7 @@ def _timm_loader(
         std=tuple(how.std),
         crop_pct=how.crop_pct,
         crop_mode=how.crop_mode,
-        num_workers=workers,
+        num_workers=workers(config),
         device=device,
         pin_memory=device.type == "cuda",
         worker_seeding=seed_worker,  # type: ignore[arg-type]  # a function is taken too
@@ -243,6 +257,14 @@ def _timm_loader(
     if training and aug.repeats and not aug.no_aug:
         loader.loader = _with_repeats(loader.loader, aug.repeats)
     return loader
+
+
+def workers(config: DataConfig) -> int:
+    """Loader processes: `data.workers`, but no more than there are cores."""
+    count = min(config.workers, cores())
+    if count < config.workers:
+        _logger.info("data.workers=%d lowered to %d, the cores there are", config.workers, count)
+    return count
 
 
 def _with_repeats(inner: Any, repeats: int) -> Any:
@@ -267,6 +289,11 @@ def _with_repeats(inner: Any, repeats: int) -> Any:
 
 
 def seed_worker(info: Any) -> int:
-    """The seed of a loader worker; workers leave Ctrl-C to the main process, which finishes its step first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The seed of a loader worker of timm's."""
+    leave_interrupts()
     return int(info.seed)
+
+
+def leave_interrupts(_: int = 0) -> None:
+    """Loader workers leave Ctrl-C to the main process, which finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -89,7 +89,8 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Command line arguments in the form Hydra wants: its flags, and the overrides.
 
     `key=value` is allowed for every key of `kind`, also those that no yaml file mentions; `model=NAME` for every model;
-    `experiment=` means `+experiment=`; a debug group goes on top of an experiment.
+    `experiment=` means `+experiment=`; a debug group goes on top of an experiment; a task brings the small data, model
+    and training of its demo (configs/demo), unless there is an experiment to say that.
 
     Raises:
         ConfigError: an argument that is no flag and no override, or a key that `kind` does not have.
@@ -129,6 +130,8 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
                 out.append(f"++model.name={value}")
             elif group == "experiment" and group in groups:
                 out.append(f"+experiment={value}")
+            elif group == "task" and not sign and kind is TrainConfig and not has_experiment:
+                out += [argument, *(f"+demo={value}" for folder in folders if (folder / f"demo/{value}.yaml").is_file())]
             elif group == "debug" and has_experiment:
                 last.append(f"+debug@_global_={value}")
             elif group in groups:
@@ -152,7 +155,7 @@ def _groups(kind: type, folders: Iterable[Path]) -> set[str]:
     """The groups of the door whose configuration is `kind`: without those of training if it does not train."""
     groups = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()}
     groups.discard("__pycache__")
-    training = {f.name for f in dataclasses.fields(TrainConfig)} | {"debug", "experiment"}
+    training = {f.name for f in dataclasses.fields(TrainConfig)} | {"debug", "demo", "experiment"}
     return groups if kind is TrainConfig else groups - (training - {f.name for f in dataclasses.fields(kind)})
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm
 from torch import nn
 
-from .. import create_model, list_models
+from .. import create_detector, create_model, create_segmentor, list_models
 from ..checkpoints.errors import CheckpointError
-from .config import ModelConfig
+from .config import ModelConfig, TaskConfig
 from .errors import CheckpointMismatchError, ConfigError, listing, nearest
 
 _logger = logging.getLogger("nearfield.engine")
@@ -56,13 +58,75 @@ def build(
     # are strict about it themselves)
     if not (loads and strict_head and is_ours(config.name)):
         options["num_classes"] = num_classes
-    try:
+    with errors_in_one_line(config):
         model = create_model(
             config.name,
             pretrained=config.pretrained and not config.checkpoint,
             checkpoint_path=config.checkpoint,
             **options,
         )
+    has = getattr(model, "num_classes", num_classes)
+    if has != num_classes:
+        which = (
+            f"model.checkpoint={config.checkpoint}" if config.checkpoint else f"the published weights of {config.name}"
+        )
+        raise CheckpointMismatchError(
+            f"{which}: a head of {has} classes, but the data has {num_classes}: give the data of that checkpoint, "
+            "or fine-tune with train.py model.new_head=true"
+        )
+    checkpoint_activations(config, model)
+    return model
+
+
+def build_detector(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int) -> nn.Module:
+    """`nearfield.create_detector` as `model` and `task` say it.
+
+    Raises:
+        ConfigError: an unknown head or model, an argument that one of them does not take.
+        CheckpointMismatchError: the checkpoint is missing or does not fit.
+    """
+    sizes = {"min_size": task.min_size, "max_size": task.max_size}
+    return _build_dense(create_detector, config, task, head, {**sizes, "num_classes": num_classes})
+
+
+def build_segmentor(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int) -> nn.Module:
+    """`nearfield.create_segmentor` as `model` and `task` say it; raises as `build_detector`."""
+    return _build_dense(create_segmentor, config, task, head, {"num_classes": num_classes})
+
+
+def _build_dense(
+    create: Callable[..., nn.Module], config: ModelConfig, task: TaskConfig, head: str, sizes: dict[str, Any]
+) -> nn.Module:
+    if config.num_classes is not None and config.num_classes != sizes["num_classes"]:
+        raise ConfigError(
+            f"model.num_classes={config.num_classes}, but the data has {sizes['num_classes']} classes: remove it"
+        )
+    options: dict[str, Any] = {
+        "img_size": image_size(config),
+        "in_chans": config.in_chans,
+        "drop_rate": config.drop_rate,
+        "drop_path_rate": config.drop_path_rate,
+    }
+    options = {key: value for key, value in options.items() if value is not None}
+    with errors_in_one_line(config):
+        model = create(
+            config.name,
+            head,
+            pretrained=config.pretrained and not config.checkpoint,
+            checkpoint_path=config.checkpoint,
+            out_norm=task.out_norm,
+            **{**sizes, **options, **config.kwargs, **task.kwargs},
+        )
+    checkpoint_activations(config, model)
+    return model
+
+
+@contextlib.contextmanager
+def errors_in_one_line(config: ModelConfig) -> Iterator[None]:
+    """What making a model from `config` can raise, as errors of the engine."""
+    loads = bool(config.checkpoint or config.pretrained)
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointMismatchError(
             f"model.checkpoint={config.checkpoint}: {error}" if config.checkpoint else str(error)
@@ -78,21 +142,15 @@ def build(
         raise CheckpointMismatchError(
             f"model.checkpoint={config.checkpoint} does not fit {config.name}: {reason}"
         ) from error
-    has = getattr(model, "num_classes", num_classes)
-    if has != num_classes:
-        which = (
-            f"model.checkpoint={config.checkpoint}" if config.checkpoint else f"the published weights of {config.name}"
-        )
-        raise CheckpointMismatchError(
-            f"{which}: a head of {has} classes, but the data has {num_classes}: give the data of that checkpoint, "
-            "or fine-tune with train.py model.new_head=true"
-        )
+
+
+def checkpoint_activations(config: ModelConfig, model: nn.Module) -> None:
+    """Switch gradient checkpointing on if `config` asks for it; ConfigError if the model has none."""
     if config.grad_checkpointing:
         switch = getattr(model, "set_grad_checkpointing", None)
         if switch is None:
             raise ConfigError(f"model.grad_checkpointing: {config.name} has none")
         switch(True)
-    return model
 
 
 def image_size(config: ModelConfig) -> tuple[int, int] | None:

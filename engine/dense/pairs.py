@@ -98,16 +98,20 @@ def _cityscapes(root: Path, split: str) -> Pairs:
 
 
 def _voc(root: Path, split: str) -> Pairs:
-    inside = ("", "VOC2012", "VOCdevkit/VOC2012", "VOC2012_train_val")
-    root = _inside(root, inside, "JPEGImages", "voc", "JPEGImages, SegmentationClass and ImageSets/Segmentation")
+    root = _inside(
+        root,
+        ("", "VOC2012", "VOCdevkit/VOC2012"),
+        "JPEGImages",
+        "voc",
+        "JPEGImages, SegmentationClass and ImageSets/Segmentation",
+    )
     lists, augmented = root / "ImageSets" / "Segmentation", root / "SegmentationClassAug"
     _existing(lists, "voc has the names of its splits in ImageSets/Segmentation/*.txt")
     chosen = [lists / (split if split.endswith(".txt") else f"{_voc_list(split, lists)}.txt")]
     if chosen[0].name == "train.txt" and split != "train.txt" and augmented.is_dir():
         whole = (lists / "trainaug.txt", lists / "train_aug.txt", root / "ImageSets/SegmentationAug/train_aug.txt")
-        chosen = [path for path in whole if path.is_file()][:1] or [
-            path for path in (chosen[0], lists / "aug.txt") if path.is_file()
-        ]
+        rest = lists / "aug.txt"
+        chosen = [path for path in whole if path.is_file()][:1] or [*chosen, *([rest] if rest.is_file() else [])]
     found = Pairs(class_names=list(classes.VOC), note=f"listed in {listing(path.name for path in chosen)}")
     for name in dict.fromkeys(name for path in chosen for name in _voc_names(path)):
         image = root / "JPEGImages" / f"{name}.jpg"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from nearfield.engine.dense import classes
 from nearfield.engine.dense.masks import MaskSet
+from nearfield.engine.dense.pairs import ENDINGS, LAYOUTS, MASK_FOLDERS
 from nearfield.engine.dense.scenes import MAP_CLASSES, write_scenes
 from nearfield.engine.errors import ConfigError, DataError
 from PIL import Image
@@ -405,3 +406,15 @@ def test_gray_images_one_pixel_and_workers(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=0)
     assert [int(mask) for _, mask in loader] == [0, 1, 2]
     assert all(mask.dtype == torch.int64 for _, mask in loader)
+
+
+def test_the_page_on_data_names_what_the_code_reads() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    for layout in LAYOUTS:
+        assert f"### `{layout}`" in page
+    for folder_name in MASK_FOLDERS:
+        assert f"{folder_name}/" in page
+    for ending in ENDINGS:
+        assert ending.removeprefix(".") in page
+    assert (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33) == classes.CITYSCAPES_IDS
+    assert "7, 8, 11, 12, 13, 17, 19 .. 28, 31, 32, 33" in page

@@ -1,0 +1,127 @@
+"""Object detection and instance segmentation on COCO-format sets: torchvision's detectors and a cascade."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import data, network
+from ..config import EvalConfig, TaskConfig, TrainConfig
+from ..dense.batches import batches, lists
+from ..dense.coco import CocoSet
+from ..dense.coco_metrics import CocoMetrics
+from ..dense.drawing import write_detections
+from ..dense.sources import detection_source
+from ..dense.transforms import detection_policy
+from ..task import Curves, Forward, Prepared
+
+HEAD = "mask_rcnn"
+
+
+class Detection:
+    """The task for batches of image lists and target lists, measured against the objects of `val`."""
+
+    name = "detection"
+    primary = "box_ap"
+    curves = Curves(
+        "average precision on held-out images",
+        {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"},
+        digits=3,
+    )
+
+    def __init__(self, config: TaskConfig, val: CocoSet, *, masks: bool) -> None:
+        self.config, self.val, self.masks = config, val, masks
+        self.truth = val.ground_truth()
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Nothing changes over the epochs."""
+
+    def loss(self, forward: Forward, inputs: list[Tensor], targets: list[dict[str, Any]]) -> Tensor:
+        """The sum of the detector's losses: images (C, H, W) in [0, 1], targets as the detector takes them."""
+        losses: dict[str, Tensor] = forward(inputs, targets)
+        return torch.stack([value.float() for value in losses.values()]).sum()
+
+    def predict(self, forward: Forward, inputs: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Boxes, labels, scores and masks of each image, in its pixels."""
+        outputs: list[dict[str, Tensor]] = forward(inputs)
+        return outputs
+
+    def metrics(self) -> CocoMetrics:
+        """COCO's numbers over the images that are added."""
+        return CocoMetrics(
+            self.truth, ("bbox", "segm") if self.masks else ("bbox",), category_ids=self.val.category_ids
+        )
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        """Average precisions as fractions."""
+        return "  ".join(f"{name} {metrics[key]:.3f}" for key, name in self.curves.columns.items() if key in metrics)
+
+    @torch.no_grad()
+    def pictures(self, model: nn.Module, folder: Path, device: torch.device) -> None:
+        """predictions.png: the first images measured, the truth on the left, what the model finds on the right."""
+        count = min(self.config.pictures, len(self.val))
+        if not count:
+            return
+        images, targets = zip(*(self.val[index] for index in range(count)), strict=True)
+        outputs = model.eval()([image.to(device) for image in images])
+        write_detections(
+            folder / "predictions.png",
+            images,
+            outputs,
+            targets,
+            self.val.class_names,
+            threshold=self.config.threshold,
+        )
+
+
+@dataclass
+class Resizing:
+    """How an image becomes an input of the detector when it is evaluated; sides in pixels."""
+
+    min_size: int
+    max_size: int
+    mean: list[float]
+    std: list[float]
+
+    def columns(self) -> dict[str, Any]:
+        """What a row of evaluation results says of it."""
+        return {"min_size": self.min_size, "max_size": self.max_size}
+
+
+def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
+    """Data, detector and task.
+
+    Raises:
+        UserError: anything that can be wrong before the first batch.
+    """
+    network.check_name(config.model.name)
+    chosen = config.data
+    head = config.task.head or HEAD
+    masks = "mask" in head
+    splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")
+    source = detection_source(config, splits, masks=masks)
+    model = network.build_detector(config.model, config.task, head, num_classes=source.num_classes).to(device)
+    transform = model.model.transform
+    how = Resizing(transform.min_size[-1], transform.max_size, transform.image_mean, transform.image_std)
+
+    # a model that shall overfit is measured on what it saw, as it saw it
+    measured: CocoSet = source.train if "val" not in splits or chosen.overfit_batches else source.val
+    task = Detection(config.task, measured, masks=masks)
+    train = None
+    if isinstance(config, TrainConfig):
+        data.check_batch_size(chosen, source.train)
+        plain = config.aug.no_aug or bool(chosen.overfit_batches)
+        policy = detection_policy("none") if plain else detection_policy(config.aug.policy, **config.aug.kwargs)
+        source.train.transform = policy
+        train = batches(chosen, source.train, device, collate=lists, training=True)
+        if chosen.overfit_batches:
+            return Prepared(task, source, how, model, train, train)
+    measured.transform = detection_policy("none")
+    return Prepared(
+        task, source, how, model, train, batches(chosen, measured, device, collate=lists, training=False)
+    )

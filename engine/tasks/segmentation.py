@@ -1,0 +1,153 @@
+"""Semantic segmentation: cross entropy over pixels, with an auxiliary head; mean IoU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import data, network
+from ..config import EvalConfig, TaskConfig, TrainConfig
+from ..dense import inference
+from ..dense.batches import batches, lists, stacks
+from ..dense.classes import IGNORED
+from ..dense.crops import segmentation_policy
+from ..dense.drawing import write_class_maps
+from ..dense.masks import MaskSet
+from ..dense.segmentation_metrics import SegmentationMetrics
+from ..dense.sources import segmentation_source
+from ..task import Curves, Forward, Prepared
+
+HEAD = "upernet"
+
+
+class Segmentation:
+    """The task for batches of images and class maps; evaluated image by image at its full size."""
+
+    name = "segmentation"
+    primary = "miou"
+    curves = Curves(
+        "fraction, on held-out images",
+        {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"},
+        digits=3,
+    )
+
+    def __init__(self, config: TaskConfig, val: MaskSet) -> None:
+        self.config, self.val = config, val
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Nothing changes over the epochs."""
+
+    def loss(self, forward: Forward, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross entropy of the labelled pixels: images (B, C, H, W), class maps (B, H, W), `IGNORED` none."""
+        outputs = forward(inputs)
+        total = pixel_loss(outputs["out"], targets)
+        if "aux" in outputs:
+            total = total + self.config.aux_weight * pixel_loss(outputs["aux"], targets)
+        return total
+
+    def predict(self, forward: Forward, inputs: list[Tensor]) -> list[Tensor]:
+        """Class maps (H, W) int64 of each image, at its size."""
+        config = self.config
+        scale = None if config.fit is None else (config.fit[0], config.fit[1])
+        maps = []
+        for image in inputs:
+            probabilities = inference.predict(
+                forward,
+                image[None],
+                scale=scale,
+                ratios=config.ratios,
+                flip=config.flip,
+                crop=config.crop,
+                stride=config.stride,
+            )
+            maps.append(probabilities[0].argmax(0))
+        return maps
+
+    def metrics(self) -> ImageMetrics:
+        """Fresh sums."""
+        return ImageMetrics(self.val.num_classes, IGNORED)
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        """Fractions by name."""
+        return "  ".join(f"{name} {metrics[key]:.3f}" for key, name in self.curves.columns.items() if key in metrics)
+
+    @torch.no_grad()
+    def pictures(self, model: nn.Module, folder: Path, device: torch.device) -> None:
+        """predictions.png: the first images measured with their true and their predicted class maps."""
+        count = min(self.config.pictures, len(self.val))
+        if not count:
+            return
+        inputs, targets = zip(*(self.val[index] for index in range(count)), strict=True)
+        outputs = self.predict(model.eval(), [image.to(device) for image in inputs])
+        names = self.val.class_names or [str(label) for label in range(self.val.num_classes)]
+        pictures = [self.val.image(index) for index in range(count)]
+        write_class_maps(folder / "predictions.png", pictures, [one.cpu() for one in outputs], targets, names)
+
+
+class ImageMetrics(SegmentationMetrics):
+    """Those of images of different sizes, as lists of class maps."""
+
+    def add(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:  # type: ignore[override]
+        """Add the images of a batch."""
+        for output, target in zip(outputs, targets, strict=True):
+            super().add(output, target)
+
+
+def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy, the mean over the labelled pixels; 0 where there is none."""
+    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+@dataclass
+class Normalisation:
+    """How an image becomes an input when it is evaluated: (longest, shortest) side, per-channel mean and std."""
+
+    fit: list[int] | None
+    ratios: list[float]
+    flip: bool
+    crop: int | None
+    mean: list[float]
+    std: list[float]
+
+    def columns(self) -> dict[str, Any]:
+        """What a row of evaluation results says of it."""
+        size = "x".join(map(str, self.fit)) if self.fit else "own"
+        return {"fit": size, "ratios": " ".join(map(str, self.ratios)), "flip": self.flip, "crop": self.crop or "whole"}
+
+
+def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
+    """Data, segmentor and task.
+
+    Raises:
+        UserError: anything that can be wrong before the first batch.
+    """
+    network.check_name(config.model.name)
+    chosen = config.data
+    splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")
+    source = segmentation_source(config, splits)
+    model = network.build_segmentor(
+        config.model, config.task, config.task.head or HEAD, num_classes=source.num_classes
+    ).to(device)
+    mean, std = data.mean_and_std(chosen, model.pretrained_cfg, source.in_chans)
+    how = Normalisation(config.task.fit, config.task.ratios, config.task.flip, config.task.crop, mean, std)
+
+    # a model that shall overfit is measured on what it saw
+    measured: MaskSet = source.train if "val" not in splits or chosen.overfit_batches else source.val
+    task = Segmentation(config.task, measured)
+    train = None
+    if isinstance(config, TrainConfig):
+        data.check_batch_size(chosen, source.train)
+        plain = config.aug.no_aug or bool(chosen.overfit_batches)
+        name, options = ("none", {}) if plain else (config.aug.policy, config.aug.kwargs)
+        source.train.transform = segmentation_policy(name, mean=mean, std=std, **options)
+        train = batches(chosen, source.train, device, collate=stacks, training=True)
+    if measured is not source.train:
+        measured.transform = segmentation_policy("none", mean=mean, std=std)
+    return Prepared(task, source, how, model, train, batches(chosen, measured, device, collate=lists, training=False))
