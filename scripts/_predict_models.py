@@ -14,13 +14,15 @@ import torch
 from _classify import names_of_classes, preparation
 from nearfield import checkpoints
 from nearfield.engine import data, evaluation, network, runs
-from nearfield.engine.config import EvalConfig
+from nearfield.engine.config import EvalConfig, ModelConfig, TaskConfig
+from nearfield.engine.errors import listing
+from torch import nn
 
 CLASSIFICATION, DETECTION, SEGMENTATION = TASKS = ("classification", "detection", "segmentation")
 SEGMENTATION_HEADS = ("upernet", "fpn")
 DEFAULT_HEAD = {DETECTION: "mask_rcnn", SEGMENTATION: "upernet"}
 IMAGENET = 1000  # classes
-ADE20K = (2048, 512)  # pixels: (longest, shortest) side that pictures are fitted into, as the published segmentors are
+ADE20K = [2048, 512]  # pixels: (longest, shortest) side that pictures are fitted into, as the published segmentors are
 
 
 @dataclass
@@ -34,8 +36,9 @@ class Loaded:
         model: on its device.
         names: of the classes, in the order of their numbers; None if nobody said.
         channels: of the pictures it takes.
-        how: how a picture becomes an input; None for detectors, which do it themselves.
-        views: arguments of `engine.dense.inference.predict`: size, scales and windows of segmentation.
+        how: of a classifier, how a picture becomes an input.
+        mean, std: of a segmentor, of each channel of pictures in [0, 1].
+        views: of a segmentor, arguments of `engine.dense.inference.predict`: sizes, mirror images, windows.
     """
 
     task: str
@@ -44,7 +47,9 @@ class Loaded:
     model: Any
     names: list[str] | None
     channels: int
-    how: data.Preparation | None
+    how: data.Preparation | None = None
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
     views: dict[str, Any] = field(default_factory=dict)
 
 
@@ -74,26 +79,24 @@ def _run_folder(given: str | None) -> Path | None:
 
 def _of_run(options: argparse.Namespace, folder: Path) -> Loaded:
     config = evaluation.of_run(EvalConfig(checkpoint=options.checkpoint, weights=options.weights), [])
-    for flag, given, own in (("model", options.model, config.model.name), ("task", options.task, config.task.name)):
-        if given and given != own:
-            raise ValueError(f"--{flag} {given}: the run in {folder} is of {own}: leave --{flag} out")
+    task, model_config = config.task, config.model
+    own = {"model": model_config.name, "task": task.name, "head": task.head or DEFAULT_HEAD.get(task.name, "no head")}
+    for flag, value in own.items():
+        given = getattr(options, flag)
+        if given and given != value:
+            raise ValueError(f"--{flag} {given}: the run in {folder} is of {value}: leave --{flag} out")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     channels, classes = int(meta["in_chans"]), int(meta["num_classes"])
     names = names_of_classes(options.names, classes) or meta.get("class_names")
-    how = data.Preparation(**{key: meta["preparation"][key] for key in data.Preparation.__dataclass_fields__})
-    task, name, source = config.task, config.model.name, str(config.model.checkpoint)
+    source = str(model_config.checkpoint)
     if task.name == CLASSIFICATION:
-        model = network.build(config.model, num_classes=classes, in_chans=channels, class_names=names)
-        how = dataclasses.replace(how, size=options.size or how.size)
-        return Loaded(task.name, name, source, model, names, channels, how)
-    more: dict[str, Any] = {"in_chans": channels, "out_norm": task.out_norm, **config.model.kwargs, **task.kwargs}
-    if task.name == DETECTION:
-        more |= {"min_size": task.min_size, "max_size": task.max_size, "image_mean": how.mean, "image_std": how.std}
-    model = _dense(options, task.name, name, task.head, classes, source, more)
-    if task.name == DETECTION:
-        return Loaded(task.name, name, source, model, names, channels, None)
-    views = {"scale": task.fit, "ratios": task.ratios, "flip": task.flip, "crop": task.crop, "stride": task.stride}
-    return Loaded(task.name, name, source, model, names, channels, how, views)
+        how = data.Preparation(**{**meta["preparation"], "size": options.size or tuple(meta["preparation"]["size"])})
+        model = network.build(model_config, num_classes=classes, in_chans=channels, class_names=names)
+        return Loaded(task.name, model_config.name, source, model, names, channels, how)
+    model_config = dataclasses.replace(model_config, checkpoint=None, num_classes=None)
+    loaded = _dense(options, model_config, task, classes, source, names, channels)
+    loaded.mean, loaded.std = meta["preparation"]["mean"], meta["preparation"]["std"]
+    return loaded
 
 
 def _of_file(options: argparse.Namespace) -> Loaded:
@@ -101,11 +104,17 @@ def _of_file(options: argparse.Namespace) -> Loaded:
     name = options.model or _named(options.checkpoint)
     network.check_name(name)
     if not options.checkpoint and not (options.pretrained and task == CLASSIFICATION):
-        published = ", or --pretrained" if task == CLASSIFICATION else ": nothing is published as a whole by name"
-        raise ValueError(f"{name} without weights knows nothing: give --checkpoint FILE or a run folder{published}")
+        also = ", or --pretrained" if task == CLASSIFICATION else ""
+        raise ValueError(f"{name} without weights knows nothing: give --checkpoint with a file or a run folder{also}")
     if task == CLASSIFICATION:
         return _classifier(options, name)
-    return _of_file_dense(options, task, name)
+    names = names_of_classes(options.names, options.num_classes)
+    classes = options.num_classes or (len(names) if names else 0)
+    if not classes:
+        raise ValueError(f"--task {task} with a file that is in no run folder: say --num-classes N or --names FILE")
+    # evaluated as the published ones are
+    wanted = TaskConfig(name=task, head=options.head, fit=ADE20K)
+    return _dense(options, ModelConfig(name=name), wanted, classes, options.checkpoint, names, 3)
 
 
 def _task_of(head: str | None) -> str:
@@ -115,7 +124,7 @@ def _task_of(head: str | None) -> str:
 
 
 def _named(checkpoint: str | None) -> str:
-    """The model that a file of this package says it is of."""
+    """The model that a file of this package, or of the index, says it is of."""
     if checkpoint:
         path = checkpoints.resolve(checkpoint)
         if path.suffix == ".safetensors" and (name := checkpoints.read_metadata(path).get("model")):
@@ -134,8 +143,7 @@ def _classifier(options: argparse.Namespace, name: str) -> Loaded:
         raise ValueError(f"{options.checkpoint or name} has no classifier: it gives features, not classes")
     channels = getattr(model, "in_chans", 3)
     names = names_of_classes(options.names, model.num_classes)
-    published = options.pretrained or checkpoints.find(Path(options.checkpoint).name) is not None
-    if names is None and published and model.num_classes == IMAGENET:
+    if names is None and model.num_classes == IMAGENET and (options.pretrained or _is_published(options.checkpoint)):
         from timm.data import ImageNetInfo
 
         info = ImageNetInfo()
@@ -144,32 +152,51 @@ def _classifier(options: argparse.Namespace, name: str) -> Loaded:
     return Loaded(CLASSIFICATION, name, source, model, names, channels, preparation(model, options.size, channels))
 
 
-def _of_file_dense(options: argparse.Namespace, task: str, name: str) -> Loaded:
-    names = names_of_classes(options.names, options.num_classes)
-    count = options.num_classes or (len(names) if names else None)
-    if count is None:
-        raise ValueError(f"--task {task} with a file that is in no run folder: say --num-classes N or --names FILE")
-    model = _dense(options, task, name, options.head, count, options.checkpoint, {})
-    if task == DETECTION:
-        return Loaded(task, name, options.checkpoint, model, names, 3, None)
-    how = preparation(model, None, 3)
-    return Loaded(task, name, options.checkpoint, model, names, 3, how, {"scale": ADE20K})
+def _is_published(checkpoint: str) -> bool:
+    entry = checkpoints.find(Path(checkpoint).name)
+    return entry is not None and Path(checkpoint).name in (entry.file, entry.name)
 
 
 def _dense(
-    options: argparse.Namespace, task: str, name: str, head: str | None, classes: int, source: str, more: dict[str, Any]
-) -> Any:
-    """A detector or segmentor with the weights of a file, every one of them."""
-    make: Any
-    if task == DETECTION:
-        from nearfield.models.dense.detection import create_detector as make
-    else:
-        from nearfield.models.dense.segmentation import create_segmentor as make
-    if options.size is not None and task == DETECTION:
-        more = {**more, "min_size": min(options.size)}
-    model = make(name, head or DEFAULT_HEAD[task], num_classes=classes, **more)
+    options: argparse.Namespace,
+    model_config: ModelConfig,
+    task: TaskConfig,
+    classes: int,
+    source: str,
+    names: list[str] | None,
+    channels: int,
+) -> Loaded:
+    """A detector or segmentor with all of its weights: with heads that were drawn at random it would see nonsense."""
+    head = task.head or DEFAULT_HEAD[task.name]
+    if options.size is not None and task.name == DETECTION:
+        task = dataclasses.replace(task, min_size=min(options.size), max_size=max(task.max_size, max(options.size)))
+    build = network.build_detector if task.name == DETECTION else network.build_segmentor
+    model: nn.Module = build(model_config, task, head, num_classes=classes)
+    _load_whole(model, source, f"{head} on {model_config.name} with {classes} classes")
+    loaded = Loaded(task.name, model_config.name, source, model, names, channels)
+    if task.name == SEGMENTATION:
+        fit = task.fit if options.size is None else [4 * min(options.size), min(options.size)]
+        loaded.views = {
+            "scale": fit,
+            "ratios": task.ratios,
+            "flip": task.flip,
+            "crop": task.crop,
+            "stride": task.stride,
+        }
+        how = preparation(model, None, channels)
+        loaded.mean, loaded.std = how.mean, how.std
+    return loaded
+
+
+def _load_whole(model: nn.Module, source: str, what: str) -> None:
+    state = checkpoints.read(checkpoints.resolve(source), backbone=False)
     try:
-        model.load_state_dict(checkpoints.read(checkpoints.resolve(source)))
+        found = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{source} does not fit the {head or DEFAULT_HEAD[task]} on {name}: {error}") from error
-    return model
+        raise ValueError(f"{source} is no {what}: {error}") from error
+    # what only training needs may be missing
+    missing = [key for key in found.missing_keys if not key.startswith(getattr(model, "optional", ()))]
+    if missing or found.unexpected_keys:
+        parts = {"it lacks": missing, "the model has no": found.unexpected_keys}
+        wrong = "; ".join(f"{text} {listing(keys, limit=3)}" for text, keys in parts.items() if keys)
+        raise ValueError(f"{source} is no {what}: {wrong}")

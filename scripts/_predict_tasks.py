@@ -41,7 +41,7 @@ class Prediction:
 Predictor = Callable[[Sequence[Tensor]], list[Prediction]]
 
 
-def predictor(loaded: Loaded, device: torch.device, *, threshold: float, topk: int, size: int | None) -> Predictor:
+def predictor(loaded: Loaded, device: torch.device, *, threshold: float, topk: int) -> Predictor:
     """A function from pictures (channels, H, W) uint8 to a prediction for each.
 
     Args:
@@ -49,14 +49,12 @@ def predictor(loaded: Loaded, device: torch.device, *, threshold: float, topk: i
         device: of the model.
         threshold: objects with a lower score are left out.
         topk: classes named for a picture, if it is classified.
-        size: shorter side that pictures are scaled to for segmentation, or less where the longer one would exceed four
-            times as much; None for the usual.
     """
     if loaded.task == CLASSIFICATION:
         return _Classifier(loaded, device, topk)
     if loaded.task == DETECTION:
         return _Detector(loaded, device, threshold)
-    return _Segmentor(loaded, device, size)
+    return _Segmentor(loaded, device)
 
 
 class _Classifier:
@@ -104,10 +102,8 @@ class _Detector:
 
 
 class _Segmentor:
-    def __init__(self, loaded: Loaded, device: torch.device, size: int | None) -> None:
-        assert loaded.how is not None
-        self.loaded, self.device, self.how = loaded, device, loaded.how
-        self.views = loaded.views if size is None else {**loaded.views, "scale": (4 * size, size)}
+    def __init__(self, loaded: Loaded, device: torch.device) -> None:
+        self.loaded, self.device = loaded, device
         self.names = loaded.names or [str(number) for number in range(loaded.model.num_classes)]
 
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
@@ -115,10 +111,9 @@ class _Segmentor:
 
         out = []
         for image in images:  # of sizes of their own
-            pixels = normalize(to_dtype(image.to(self.device), scale=True), self.how.mean, self.how.std)[None]
-            shares = inference.predict(
-                self._logits, pixels.as_subclass(Tensor), scale=self.scale, out_size=_size(image)
-            )
+            pixels = to_dtype(image.as_subclass(Tensor).to(self.device), scale=True)
+            pixels = normalize(pixels, self.loaded.mean, self.loaded.std)[None]
+            shares = inference.predict(self._logits, pixels, **self.loaded.views)
             _check_finite(shares)
             out.append(self._prediction(image, shares[0].argmax(0).cpu()))
         return out
@@ -143,10 +138,6 @@ class _Segmentor:
         stored = Image.fromarray(labels.numpy().astype(np.uint8 if len(self.names) <= 256 else np.uint16))
         lines = [f"{entry['share']:7.2%}  {entry['name']}" for entry in classes]
         return Prediction({"classes": classes}, lines, {PICTURE: whole, "classes": stored})
-
-
-def _size(image: Tensor) -> tuple[int, int]:
-    return image.shape[-2], image.shape[-1]
 
 
 def _check_finite(values: Tensor) -> None:

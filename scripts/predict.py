@@ -67,10 +67,7 @@ class _Run:
         self.loaded = load(options, device)
         if self.loaded.channels not in MODES:
             raise ValueError(f"{self.loaded.name} takes {self.loaded.channels} channels: pictures have 1, 3 or 4")
-        side = None if options.size is None else min(options.size)
-        self.predict: Predictor = predictor(
-            self.loaded, device, threshold=options.threshold, topk=options.topk, size=side
-        )
+        self.predict: Predictor = predictor(self.loaded, device, threshold=options.threshold, topk=options.topk)
         self.output: Path = options.output
         self.output.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
