@@ -131,7 +131,10 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             elif group == "experiment" and group in groups:
                 out.append(f"+experiment={value}")
             elif group == "task" and not sign and kind is TrainConfig and not has_experiment:
-                out += [argument, *(f"+demo={value}" for folder in folders if (folder / f"demo/{value}.yaml").is_file())]
+                out += [
+                    argument,
+                    *(f"+demo={value}" for folder in folders if (folder / f"demo/{value}.yaml").is_file()),
+                ]
             elif group == "debug" and has_experiment:
                 last.append(f"+debug@_global_={value}")
             elif group in groups:

@@ -21,7 +21,7 @@ from .loggers import Logger, create_loggers
 from .metrics import Mean
 from .progress import Progress
 from .state import TrainState, seed_everything
-from .task import Task
+from .task import How, Task
 
 _logger = logging.getLogger("nearfield.engine")
 
@@ -51,7 +51,7 @@ def train(config: TrainConfig, overrides: list[str] | None = None) -> dict[str, 
         run = _Run(config, folder, state, task, epochs)
         run.begin(device, dtype, prepared.source, prepared.how)
         seconds = run.fit(prepared.train, prepared.val, device, dtype)
-        return run.finish(seconds)
+        return run.finish(seconds, device)
     except Exception:
         _logger.exception("the run ended with an error")
         raise
@@ -93,7 +93,7 @@ class _Run:
         self.plotted = 0.0
         self.meta: dict[str, Any] = {}
 
-    def begin(self, device: torch.device, dtype: torch.dtype, source: data.Source, how: data.Preparation) -> None:
+    def begin(self, device: torch.device, dtype: torch.dtype, source: data.Source, how: How) -> None:
         """Write down what is about to happen."""
         config = self.config
         # the data's channels, so that the weights are evaluated as they are on whatever comes later
@@ -150,6 +150,7 @@ class _Run:
                     batch_size=config.data.batch_size,
                     autocast=autocast,
                     forward=forward,
+                    until=config.trainer.updates,
                     stop=stop,
                     on_step=on_step,
                 )
@@ -223,9 +224,11 @@ class _Run:
         for logger in self.loggers:
             logger.close()
 
-    def finish(self, seconds: float) -> dict[str, Any]:
-        """The last plot, and the summary."""
+    def finish(self, seconds: float, device: torch.device) -> dict[str, Any]:
+        """The last plot, the pictures, and the summary."""
         self._close()
+        if self.config.trainer.plots:
+            self.task.pictures(self.state.weights, self.folder.path, device)
         state = self.state
         metrics = {key: round(value, 4) for key, value in self.metrics.items() if key != "n"}
         summary = {

@@ -70,6 +70,7 @@ def train_epoch(
     batch_size: int,
     autocast: AutocastFactory = contextlib.nullcontext,
     forward: Forward | None = None,
+    until: int | None = None,
     stop: StopSignal | None = None,
     on_step: OnStep | None = None,
 ) -> EpochResult:
@@ -87,6 +88,7 @@ def train_epoch(
         batch_size: images of a full batch.
         autocast: context of the forward pass.
         forward: what is called instead of `state.model` (a compiled version of it).
+        until: count of updates (`state.step`) at which training, and with it this pass, is complete.
         stop: looked at after every update but the last.
         on_step: called after every update with (batch index, batches, state, mean loss so far).
 
@@ -125,6 +127,8 @@ def train_epoch(
         state.scaler.scale(loss * (count / nominal)).backward()
         if not done % trainer.accumulate or done >= total:
             update(done)
+            if until is not None and state.step >= until:
+                break
             if stop is not None and stop.asked and done < total:
                 return result(complete=False)
         asked = time.perf_counter()

@@ -78,7 +78,7 @@ def build(
     return model
 
 
-def build_detector(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int) -> nn.Module:
+def build_detector(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int) -> Any:
     """`nearfield.create_detector` as `model` and `task` say it.
 
     Raises:
@@ -89,14 +89,14 @@ def build_detector(config: ModelConfig, task: TaskConfig, head: str, *, num_clas
     return _build_dense(create_detector, config, task, head, {**sizes, "num_classes": num_classes})
 
 
-def build_segmentor(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int) -> nn.Module:
+def build_segmentor(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int) -> Any:
     """`nearfield.create_segmentor` as `model` and `task` say it; raises as `build_detector`."""
     return _build_dense(create_segmentor, config, task, head, {"num_classes": num_classes})
 
 
 def _build_dense(
-    create: Callable[..., nn.Module], config: ModelConfig, task: TaskConfig, head: str, sizes: dict[str, Any]
-) -> nn.Module:
+    create: Callable[..., Any], config: ModelConfig, task: TaskConfig, head: str, sizes: dict[str, Any]
+) -> Any:
     if config.num_classes is not None and config.num_classes != sizes["num_classes"]:
         raise ConfigError(
             f"model.num_classes={config.num_classes}, but the data has {sizes['num_classes']} classes: remove it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -89,25 +90,30 @@ def create_scheduler(
 ) -> tuple[Any, int]:
     """timm's scheduler, moving at every update, and the number of epochs with the cool-down.
 
-    `trainer.epochs` counts the warm-up; with `sched.warmup_prefix` the curve takes what is left after it.
+    `trainer.epochs`, or `trainer.updates`, counts the warm-up; with `sched.warmup_prefix` the curve takes what is left
+    after it. With `trainer.updates` the last epoch may be cut short.
     """
     from timm.scheduler import create_scheduler_v2
 
-    epochs = trainer.epochs
-    if config.warmup_epochs >= epochs and config.warmup_epochs > 0:
-        raise ConfigError(
-            f"sched.warmup_epochs={config.warmup_epochs:g} leaves nothing of trainer.epochs={epochs}: "
-            f"lower it below {epochs}"
-        )
+    epochs = trainer.epochs if trainer.updates is None else trainer.updates / updates_per_epoch
+    warmup = config.warmup_epochs if config.warmup_updates is None else config.warmup_updates / updates_per_epoch
+    if warmup >= epochs and warmup > 0:
+        if config.warmup_updates is None and trainer.updates is None:
+            given, whole = f"sched.warmup_epochs={warmup:g}", f"trainer.epochs={epochs}: lower it below {epochs}"
+        else:
+            given = f"sched: a warm-up of {warmup * updates_per_epoch:g} updates"
+            whole = f"a training of {epochs * updates_per_epoch:g}: shorten it"
+        raise ConfigError(f"{given} leaves nothing of {whole}")
     scale = lr_scale(optim, global_batch)
-    curve = epochs - config.warmup_epochs if config.warmup_prefix and config.name not in ("wsd", "rsqrt") else epochs
+    prefix = config.warmup_prefix and config.name not in ("wsd", "rsqrt")
+    curve = epochs - warmup if prefix else epochs
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=config.name,
             num_epochs=curve,  # type: ignore[arg-type]  # a fraction is fine: it is multiplied with the updates
-            warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
-            warmup_prefix=config.warmup_prefix and config.name not in ("wsd", "rsqrt"),
+            warmup_epochs=warmup,  # type: ignore[arg-type]
+            warmup_prefix=prefix,
             warmup_lr=config.warmup_lr * scale,
             min_lr=config.min_lr * scale,
             cooldown_epochs=config.cooldown_epochs,
@@ -119,4 +125,4 @@ def create_scheduler(
         )
     except ValueError as error:
         raise ConfigError(f"sched.name={config.name}: {error}") from error
-    return scheduler, epochs + config.cooldown_epochs
+    return scheduler, math.ceil(epochs) + (config.cooldown_epochs if trainer.updates is None else 0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .data import Batches, Preparation, Source
+from .data import Batches, Source
 
 Forward = Callable[..., Any]
 
@@ -66,6 +66,15 @@ class Task(Protocol):
         """Write pictures of a few predictions into `folder`, where the task has any."""
 
 
+class How(Protocol):
+    """How an image becomes an input when it is evaluated; a dataclass, written down with the run."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def columns(self) -> dict[str, Any]:
+        """What a row of evaluation results says of it."""
+
+
 @dataclass
 class Prepared:
     """All that comes before the first batch: the task, its data, its model.
@@ -81,7 +90,7 @@ class Prepared:
 
     task: Task
     source: Source
-    how: Preparation
+    how: How
     model: nn.Module
     train: Batches | None
     val: Batches

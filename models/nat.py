@@ -158,6 +158,15 @@ register(
             "kernel_size": (5, 5, 3),
             "mlp_ratio": 2.0,
         },
+        # for images of 128 x 128 with small things on them: maps of 32, 16 and 8 tokens a side
+        "nat_nano_128": {
+            "img_size": 128,
+            "embed_dim": 32,
+            "depths": (2, 2, 2),
+            "num_heads": (2, 4, 8),
+            "kernel_size": 5,
+            "mlp_ratio": 3.0,
+        },
         "nat_mini": {**_TINY, "depths": (3, 4, 6, 5), "drop_path_rate": 0.2},
         "nat_tiny": {**_TINY, "depths": (3, 4, 18, 5), "drop_path_rate": 0.2},
         "nat_small": {**_SMALL, "depths": (3, 4, 18, 5), "layer_scale": 1e-5, "drop_path_rate": 0.3},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..data import Batch, Batches, leave_interrupts, workers
+from ..errors import ConfigError
 
 Collate = Callable[[Sequence[tuple[Any, Any]]], Batch]
 
@@ -24,6 +25,12 @@ def lists(items: Sequence[tuple[Any, Any]]) -> Batch:
 def stacks(items: Sequence[tuple[Any, Any]]) -> Batch:
     """Images and class maps of one size, each stacked."""
     images, masks = lists(items)
+    sizes = {tuple(image.shape[-2:]) for image in images}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"images of {' and '.join('x'.join(map(str, size)) for size in sorted(sizes)[:2])} make no batch: "
+            "aug.policy=random_crop cuts them to one size, data.batch_size=1 takes them as they are"
+        )
     return torch.stack([plain(image) for image in images]), torch.stack([plain(mask) for mask in masks])
 
 
@@ -54,9 +61,7 @@ class DeviceLoader:
         return [self._moved(part) for part in value] if isinstance(value, list) else value
 
 
-def batches(
-    config: DataConfig, dataset: Any, device: torch.device, *, collate: Collate, training: bool
-) -> Batches:
+def batches(config: DataConfig, dataset: Any, device: torch.device, *, collate: Collate, training: bool) -> Batches:
     """Batches of `dataset`: in training shuffled and full (or the few to overfit), otherwise all images in their order.
 
     Order and augmentation follow torch's global generator.

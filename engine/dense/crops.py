@@ -8,7 +8,8 @@ torchvision. Randomness is torch's global generator. Images are resized bilinear
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from .classes import IGNORED
+from .transforms import choose_policy
 
 ADE20K_SCALE = (2048, 512)
 
@@ -79,6 +81,23 @@ def eval_transform(
 ) -> v2.Compose:
     """(image uint8, mask) -> (image float32, fitted into `scale`; mask as it was, for results at full size)."""
     return v2.Compose([FitImage(scale, antialias=antialias), *_normalised(mean, std)])
+
+
+POLICIES: dict[str, Callable[..., v2.Compose]] = {
+    "none": partial(eval_transform, scale=None),
+    "random_crop": train_transform,
+    "light": light_transform,
+}
+
+
+def segmentation_policy(name: str, **options: Any) -> v2.Compose:
+    """The policy of a name with the options it takes, as a configuration gives them.
+
+    Raises:
+        ConfigError: no such policy, an option it does not take, or a value that is not allowed.
+    """
+    policy: v2.Compose = choose_policy(POLICIES, name, options)
+    return policy
 
 
 def fitted_size(size: Sequence[int], scale: tuple[int, int] | None, ratio: float = 1.0) -> tuple[int, int]:

@@ -111,6 +111,13 @@ class MaskSet(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.pair(index)
+        if self.transform is not None:
+            image, mask = self.transform(image, mask)
+        return image, mask.to(torch.int64)  # 8 bits through the transforms, 64 for the loss
+
+    def pair(self, index: int) -> tuple[Any, Any]:
+        """The image uint8 (channels, H, W) and the class map uint8 (H, W) of an item, without a transform."""
         pair = self.pairs[index]
         image: Any = read_image(pair.image, self.channels)
         mask: Any = self.mask(index)
@@ -120,9 +127,7 @@ class MaskSet(torch.utils.data.Dataset):
             if stored.shape[-2:] != mask.shape:
                 raise _sizes_differ(pair, image.shape[-2:], mask.shape)
             image = stored
-        if self.transform is not None:
-            image, mask = self.transform(image, mask)
-        return image, mask.to(torch.int64)  # 8 bits through the transforms, 64 for the loss
+        return image, mask
 
     def mask(self, index: int) -> tv_tensors.Mask:
         """The class map of an item alone, uint8 (H, W), checked.

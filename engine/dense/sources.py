@@ -15,7 +15,8 @@ from .scenes import write_scenes
 # where the annotations and the images of a COCO-format set lie below its root, for each split; {} is its name
 ANNOTATIONS = ("annotations/instances_{}2017.json", "annotations/instances_{}.json", "annotations/{}.json", "{}.json")
 IMAGES = ("{}2017", "images/{}2017", "images/{}", "{}", "images")
-LAYOUTS = {"scenes": "folder", "masks": "folder", "ade20k": "ade20k", "cityscapes": "cityscapes", "voc": "voc"}
+LAYOUTS = {"masks": "folder", "ade20k": "ade20k", "cityscapes": "cityscapes", "voc": "voc"}
+DRAWN = ("scenes", "synthetic")  # synthetic: what debug=fdr asks for, a few scenes
 
 
 def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *, masks: bool) -> Source:
@@ -26,9 +27,9 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
         ConfigError: `data.name` is none of detection's.
     """
     chosen = config.data
-    if chosen.name not in ("scenes", "coco"):
+    if chosen.name not in (*DRAWN, "coco"):
         raise ConfigError(f"data.name: {chosen.name!r} has no boxes; task=detection takes scenes, coco")
-    root = scenes(config) if chosen.name == "scenes" else _root(chosen)
+    root = scenes(config) if chosen.name in DRAWN else _root(chosen)
     sets = {
         split: CocoSet(
             _place(chosen, root, split, "images"),
@@ -45,9 +46,10 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
     if len(sets) == 2 and names["train"] != names["val"]:
         odd = sorted(set(names["train"].items()) ^ set(names["val"].items()))
         raise DataError(
-            f"data.root={root}: the categories of train and val differ ({listing(odd, limit=3)}): labels would not match"
+            f"data.root={root}: categories of train and val differ ({listing(odd, limit=3)}): labels would not match"
         )
-    check_count(chosen, first.num_classes, first.class_names)
+    if chosen.name != "synthetic":
+        check_count(chosen, first.num_classes, first.class_names)
     return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names)
 
 
@@ -59,18 +61,19 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
         ConfigError: `data.name` is none of segmentation's.
     """
     chosen = config.data
-    if chosen.name not in LAYOUTS:
+    drawn = chosen.name in DRAWN
+    if not drawn and chosen.name not in LAYOUTS:
         raise ConfigError(
-            f"data.name: {chosen.name!r} has no class maps; task=segmentation takes {', '.join(LAYOUTS)}"
+            f"data.name: {chosen.name!r} has no class maps; task=segmentation takes scenes, {', '.join(LAYOUTS)}"
         )
-    root = scenes(config) if chosen.name == "scenes" else _root(chosen)
+    root = scenes(config) if drawn else _root(chosen)
     names = {"train": chosen.train_split, "val": chosen.val_split}
     sets = {
         split: MaskSet(
             root,
             names[split],
-            layout=LAYOUTS[chosen.name],
-            num_classes=chosen.num_classes,
+            layout="folder" if drawn else LAYOUTS[chosen.name],
+            num_classes=None if chosen.name == "synthetic" else chosen.num_classes,
             class_names=chosen.class_names,
             label_map=chosen.label_map,
             mask_suffix=chosen.mask_suffix,

@@ -115,13 +115,11 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     train = None
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)
-        plain = config.aug.no_aug or bool(chosen.overfit_batches)
+        plain = config.aug.no_aug or bool(chosen.overfit_batches) or chosen.name == "synthetic"
         policy = detection_policy("none") if plain else detection_policy(config.aug.policy, **config.aug.kwargs)
         source.train.transform = policy
         train = batches(chosen, source.train, device, collate=lists, training=True)
         if chosen.overfit_batches:
             return Prepared(task, source, how, model, train, train)
     measured.transform = detection_policy("none")
-    return Prepared(
-        task, source, how, model, train, batches(chosen, measured, device, collate=lists, training=False)
-    )
+    return Prepared(task, source, how, model, train, batches(chosen, measured, device, collate=lists, training=False))

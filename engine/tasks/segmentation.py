@@ -86,7 +86,7 @@ class Segmentation:
         inputs, targets = zip(*(self.val[index] for index in range(count)), strict=True)
         outputs = self.predict(model.eval(), [image.to(device) for image in inputs])
         names = self.val.class_names or [str(label) for label in range(self.val.num_classes)]
-        pictures = [self.val.image(index) for index in range(count)]
+        pictures = [self.val.pair(index)[0] for index in range(count)]
         write_class_maps(folder / "predictions.png", pictures, [one.cpu() for one in outputs], targets, names)
 
 
@@ -144,7 +144,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     train = None
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)
-        plain = config.aug.no_aug or bool(chosen.overfit_batches)
+        plain = config.aug.no_aug or bool(chosen.overfit_batches) or chosen.name == "synthetic"
         name, options = ("none", {}) if plain else (config.aug.policy, config.aug.kwargs)
         source.train.transform = segmentation_policy(name, mean=mean, std=std, **options)
         train = batches(chosen, source.train, device, collate=stacks, training=True)

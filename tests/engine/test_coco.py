@@ -226,6 +226,9 @@ def test_loader_processes_give_the_same_items(made: Made) -> None:
 # what is mended or left out, counted
 
 
+ANT = [[30, 5, 55, 20]]
+
+
 def drop(key: str, identity: int = 55) -> Callable[[dict[str, Any]], None]:
     def change(content: dict[str, Any]) -> None:
         entry = first(content, identity)
@@ -254,11 +257,11 @@ def put(identity: int = 55, **values: Any) -> Callable[[dict[str, Any]], None]:
             put(segmentation=[[1, 2, 9, 9], *TWO_PARTS]),
             "polygons of fewer than three corners, left out",
             "annotation 55",
-            [[30, 5, 55, 20]],
+            ANT,
         ),
-        (drop("area"), "annotations without an area, measured", "annotation 55", [[30, 5, 55, 20]]),
-        (drop("bbox"), "annotations without a bbox, given the one around their mask", "annotation 55", [[30, 5, 55, 20]]),
-        (put(8, id=55), "annotation ids that occur more than once, kept", "55", [[30, 5, 55, 20]]),
+        (drop("area"), "annotations without an area, measured", "annotation 55", ANT),
+        (drop("bbox"), "annotations without a bbox, given the one around their mask", "annotation 55", ANT),
+        (put(8, id=55), "annotation ids that occur more than once, kept", "55", ANT),
     ],
 )  # fmt: skip
 def test_what_is_mended_or_left_out_is_counted_and_said_once(

@@ -21,8 +21,8 @@ def small(backbone: str = "nat_nano", head: str = "upernet", **options: Any) -> 
     return nearfield.create_segmentor(backbone, head, **{**sizes, **options})
 
 
-# UPerNet for 150 classes with its auxiliary head, in millions. Swin: its paper, table 3; the others: segmentation/NAT.md
-# and DiNAT.md of SHI-Labs/Neighborhood-Attention-Transformer
+# UPerNet for 150 classes with its auxiliary head, in millions: table 3 of Swin's paper, and segmentation/NAT.md and
+# DiNAT.md of SHI-Labs/Neighborhood-Attention-Transformer
 @pytest.mark.parametrize(
     ("backbone", "published"),
     [
@@ -117,9 +117,9 @@ def _squares(count: int) -> tuple[Tensor, Tensor]:
 def test_two_images_are_learned(head: str) -> None:
     torch.manual_seed(0)
     images, labels = _squares(2)
-    model = small("swin_nano", head, dropout=0.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(50):
+    model = small("swin_nano", head, dropout=0.0, channels=48)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(30):
         losses = {key: F.cross_entropy(y, labels, ignore_index=255) for key, y in model(images).items()}
         optimizer.zero_grad()
         (losses["out"] + 0.4 * losses.get("aux", 0.0)).backward()
@@ -129,7 +129,7 @@ def test_two_images_are_learned(head: str) -> None:
     for label in range(3):
         union = known & ((predicted == label) | (labels == label))
         both = known & (predicted == label) & (labels == label)
-        assert both.sum() / union.sum() > 0.75, f"class {label}"
+        assert both.sum() / union.sum() > 0.9, f"class {label}"
 
 
 @heads
