@@ -190,6 +190,10 @@ def _dense(
 
 def _load_whole(model: nn.Module, source: str, what: str) -> None:
     state = checkpoints.read(checkpoints.resolve(source), backbone=False)
+    # a prefix that all keys of a file share is taken for a wrapper's and cut off; those of a detector do share one
+    prefixes = {key.partition(".")[0] + "." for key in model.state_dict()}
+    if len(prefixes) == 1 and not any(key.startswith(tuple(prefixes)) for key in state):
+        state = {next(iter(prefixes)) + key: value for key, value in state.items()}
     try:
         found = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
