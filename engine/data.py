@@ -30,6 +30,7 @@ class Source:
     num_classes: int
     in_chans: int
     class_names: list[str] | None = None
+    root: str | None = None  # where they were found or made, when the configuration leaves that open
 
 
 @dataclass

@@ -56,13 +56,16 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
     checkpoint = config.model.checkpoint or f"{config.model.name}: published"
     where = config.data.name + (f":{config.data.root}" if config.data.root else "")
     if is_main_process():
+        results = Path(config.paths.results).expanduser()
+        if task.name != "classification":  # whose rows have other columns
+            results = results.with_stem(f"{results.stem}_{task.name}")
         row = {
             "model": config.model.name,
             "checkpoint": checkpoint,
             "data": where,
             "split": split,
             "n": metrics["n"],
-            **{key: value for key, value in metrics.items() if key != "n"},
+            **{key: metrics.get(key, "") for key in task.columns},
             **how.columns(),
             "dtype": str(dtype).removeprefix("torch."),
             "device": runs.device_name(device),
@@ -70,9 +73,9 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
             "versions": " ".join(f"{name} {number}" for name, number in runs.versions().items()),
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
-        append_row(Path(config.paths.results).expanduser(), row)
+        append_row(results, row)
         progress.line(f"{config.model.name} on {where} ({split}, {metrics['n']} images): {task.describe(metrics)}")
-        progress.line(f"checkpoint {checkpoint}; row added to {config.paths.results}")
+        progress.line(f"checkpoint {checkpoint}; row added to {results}")
     return {
         "task": task.name,
         "model": config.model.name,

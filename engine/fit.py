@@ -96,10 +96,10 @@ class _Run:
     def begin(self, device: torch.device, dtype: torch.dtype, source: data.Source, how: How) -> None:
         """Write down what is about to happen."""
         config = self.config
-        # the data's channels, so that the weights are evaluated as they are on whatever comes later
-        self.folder.write_config(
-            dataclasses.replace(config, model=dataclasses.replace(config.model, in_chans=source.in_chans))
-        )
+        # the data's channels and place, so that the weights are evaluated as they are, from wherever, on whatever
+        model = dataclasses.replace(config.model, in_chans=source.in_chans)
+        place = dataclasses.replace(config.data, root=config.data.root or source.root)
+        self.folder.write_config(dataclasses.replace(config, model=model, data=place))
         self.meta = runs.describe(
             device,
             dtype=str(dtype).removeprefix("torch."),

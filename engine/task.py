@@ -41,11 +41,12 @@ class Curves:
 
 
 class Task(Protocol):
-    """A task: its loss, its metrics and which of them says how good a model is."""
+    """A task: its loss, its metrics, which of them says how good a model is, and the columns of its results."""
 
     name: str
     primary: str
     curves: Curves
+    columns: tuple[str, ...]
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, counted from 0."""

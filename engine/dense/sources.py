@@ -29,7 +29,8 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
     chosen = config.data
     if chosen.name not in (*DRAWN, "coco"):
         raise ConfigError(f"data.name: {chosen.name!r} has no boxes; task=detection takes scenes, coco")
-    root = scenes(config) if chosen.name in DRAWN else _root(chosen)
+    drawn = chosen.name in DRAWN
+    root = scenes(config) if drawn else _root(chosen)
     sets = {
         split: CocoSet(
             _place(chosen, root, split, "images"),
@@ -50,7 +51,8 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
         )
     if chosen.name != "synthetic":
         check_count(chosen, first.num_classes, first.class_names)
-    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names)
+    place = str(root.parent) if drawn else None
+    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names, place)
 
 
 def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str]) -> Source:
@@ -85,7 +87,8 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
     counts = {split: one.num_classes for split, one in sets.items()}
     if len(set(counts.values())) > 1:
         raise DataError(f"data.root={root}: train has {counts['train']} classes, val {counts['val']}")
-    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names)
+    place = str(root.parent) if drawn else None
+    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names, place)
 
 
 def scenes(config: TrainConfig | EvalConfig) -> Path:

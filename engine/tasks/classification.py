@@ -23,6 +23,7 @@ class Classification:
     name = "classification"
     primary = "top1"
     curves = Curves("accuracy on held-out images (%)", {"top1": "top-1", "top5": "top-5"}, digits=2)
+    columns: tuple[str, ...] = ("top1", "top5", "loss")
 
     def __init__(self, config: TaskConfig, aug: AugConfig, num_classes: int) -> None:
         from timm.data import Mixup

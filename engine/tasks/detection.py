@@ -14,7 +14,7 @@ from .. import data, network
 from ..config import EvalConfig, TaskConfig, TrainConfig
 from ..dense.batches import batches, lists
 from ..dense.coco import CocoSet
-from ..dense.coco_metrics import CocoMetrics
+from ..dense.coco_metrics import NAMES, PREFIX, CocoMetrics
 from ..dense.drawing import write_detections
 from ..dense.sources import detection_source
 from ..dense.transforms import detection_policy
@@ -33,6 +33,7 @@ class Detection:
         {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"},
         digits=3,
     )
+    columns: tuple[str, ...] = tuple(f"{prefix}_{name}" for prefix in PREFIX.values() for name in NAMES)
 
     def __init__(self, config: TaskConfig, val: CocoSet, *, masks: bool) -> None:
         self.config, self.val, self.masks = config, val, masks

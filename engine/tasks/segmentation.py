@@ -36,6 +36,7 @@ class Segmentation:
         {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"},
         digits=3,
     )
+    columns: tuple[str, ...] = tuple(curves.columns)
 
     def __init__(self, config: TaskConfig, val: MaskSet) -> None:
         self.config, self.val = config, val

@@ -486,10 +486,9 @@ def test_opening_twenty_thousand_annotations_takes_less_than_two_seconds(tmp_pat
     images = [{"id": 3 * n, "file_name": f"{n}.png", "width": 640, "height": 480} for n in range(3000)]
     for image in images:
         (tmp_path / "i" / image["file_name"]).touch()
+    polygons = [rng.uniform(0, 400, 60).round(2).tolist() for _ in range(200)]
     annotations = [
-        annotation(
-            n, int(rng.integers(3000)) * 3, 1 + n % 80, [10.5, 20.25, 30, 40], [rng.uniform(0, 400, 60).tolist()]
-        )
+        annotation(n, int(rng.integers(3000)) * 3, 1 + n % 80, [10.5, 20.25, 30, 40], [polygons[n % 200]])
         for n in range(20_000)
     ]
     categories = [{"id": n, "name": str(n)} for n in range(1, 81)]

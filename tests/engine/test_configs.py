@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -16,6 +17,52 @@ from nearfield.engine.errors import ConfigError
 FILES = sorted(door.CONFIGS.rglob("*.yaml"))
 GROUPS = sorted({path.parent.name for path in FILES if path.parent != door.CONFIGS} - {"local"})
 EXPERIMENTS = sorted(path.stem for path in (door.CONFIGS / "experiment").glob("*.yaml"))
+
+
+class Recipe(NamedTuple):
+    """What a recipe's authors publish and every kind of schedule has; the rate is for a batch of ``size``."""
+
+    epochs: int
+    rate: float
+    size: int
+    schedule: str
+    warmup: float
+    decay: float
+    clip: float | None
+
+
+# SHI-Labs' train.py and configs; Swin's and SwinV2's config.py; BiFormer's scripts/train.sh; MaxViT's hp/vision_i1k.py;
+# HaloNet's paper. HWT and HNT publish none: they have those of Swin and NAT
+_NAT = Recipe(300, 1e-3, 1024, "cosine", 20, 0.05, 5.0)
+_SWIN = Recipe(300, 5e-4, 512, "cosine", 20, 0.05, 5.0)
+RECIPES = {
+    **dict.fromkeys(("nat", "dinat", "hnt"), _NAT),
+    **dict.fromkeys(("swin", "hwt"), _SWIN),
+    "biformer": Recipe(300, 5e-4, 512, "cosine", 5, 0.05, None),
+    "maxvit": Recipe(300, 3e-3, 4096, "cosine", 32, 0.05, 1.0),
+    "halo": Recipe(350, 0.1, 256, "cosine", 10, 8e-5, None),
+}
+_SWIN_FINETUNING = Recipe(30, 2e-5, 512, "cosine", 5, 1e-8, 5.0)
+FINETUNING = {
+    # a straight line: a polynomial of power 1
+    "dinat": Recipe(30, 5e-5, 512, "poly", 0, 1e-10, 5.0),
+    "swin": _SWIN_FINETUNING,
+    "swinv2": _SWIN_FINETUNING,
+    "maxvit": Recipe(30, 5e-5, 512, "constant", 0, 1e-8, 1.0),
+}
+# of the last block, by the size in a model's name; from scratch
+DROP_PATH = {
+    "biformer": {"tiny": 0.1, "small": 0.15, "stl": 0.1},
+    "maxvit": {"tiny": 0.2, "small": 0.3, "base": 0.4, "large": 0.6},
+    "halo": {"h1": 0.0},
+}
+FINETUNED_DROP_PATH = {
+    "dinat_large_384": 0.35,
+    "swin_base_384": 0.5,
+    "maxvit_tiny_384": 0.2,
+    **{f"swinv2_{size}_window{window}_22k": 0.2 for size in ("base", "large") for window in (16, 24)},
+}
+_DROP_PATH = {"mini": 0.2, "tiny": 0.2, "small": 0.3, "base": 0.5}
 
 
 def options(group: str) -> list[str]:
@@ -60,10 +107,25 @@ def test_an_experiment_is_a_full_recipe_with_its_source(name: str) -> None:
     config = door.compose("train", TrainConfig, [f"+experiment={name}"])
     assert config.model.name in list_models()
     assert config.model.name == name.removesuffix("_imagenet").removesuffix("_finetune")
-    assert config.model.drop_path_rate is not None
+    if name.endswith("_finetune"):
+        assert config.model.drop_path_rate == FINETUNED_DROP_PATH[name.removesuffix("_finetune")]
+    else:
+        family, size = name.replace("dinat_s_", "dinat_").split("_")[:2]
+        assert config.model.drop_path_rate == DROP_PATH.get(family, _DROP_PATH)[size]
     assert config.data.name == "folder"
-    assert config.trainer.epochs in (30, 300, 350)
-    assert config.optim.lr_base_size in (256, 512, 1024, 4096)
+    recipe = RECIPES[max((start for start in RECIPES if name.startswith(start)), key=len)]
+    if name.endswith("_finetune"):
+        recipe = FINETUNING[name.split("_")[0]]
+    optim, sched, trainer = config.optim, config.sched, config.trainer
+    assert recipe == Recipe(
+        trainer.epochs,
+        optim.lr,
+        optim.lr_base_size,
+        sched.name,
+        sched.warmup_epochs,
+        optim.weight_decay,
+        trainer.clip_grad,
+    )
 
 
 def test_the_experiments_are_those_that_were_promised() -> None:

@@ -5,12 +5,17 @@ A test with the argument ``member`` runs for every registered model, once for th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from nearfield.models import Backbone, catalog, registry
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("model_helpers")
 
 
 def _small_kwargs(name: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +11,23 @@ import nearfield
 import pytest
 import timm
 import torch
+from model_helpers import randomise
 from nearfield.models import Backbone
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 MODELS = nearfield.list_models()
-POSITIONS = (
-    r"rel_pos_bias(_[yx])?$|logit_scale$|\.(cpb|rel_pos)_mlp\."  # what says where, or how sharply: free of weight decay
-)
+# what says where, or how sharply: free of weight decay. Parameters of each attention by the beginning of a model's name
+TABLE = {"rel_pos_bias"}
+TWO_TABLES = {"rel_pos_bias_y", "rel_pos_bias_x"}
+POSITIONS = {
+    **dict.fromkeys(("nat", "dinat", "swin", "hwt", "hnt", "maxvit"), TABLE),
+    **dict.fromkeys(("halo", "sehalonet", "eca"), TWO_TABLES),
+    "swinv2": {"logit_scale", "cpb_mlp.0.weight", "cpb_mlp.0.bias", "cpb_mlp.2.weight"},
+    "maxvit_rmlp": {f"rel_pos_mlp.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")},
+    "biformer": set(),
+}
 NANO = [name for name in MODELS if name.endswith("_nano")]
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -41,14 +48,6 @@ def assert_maps(model: Backbone, maps: list[Tensor], indices: list[int], height:
         info = model.feature_info[i]
         reduction = info["reduction"]
         assert y.shape[1:] == (info["num_chs"], halved(height, reduction), halved(width, reduction))
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Weights that make every part of the model matter (tables and layer scales begin near zero)."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * (0.5 if p.ndim == 3 else 0.1) + (1.0 if p.ndim == 1 else 0.0))
-    return model
 
 
 def test_runs_at_its_own_size_and_at_odd_and_oblong_ones(member: str, small: Small) -> None:
@@ -217,8 +216,10 @@ def test_checkpointing_changes_neither_output_nor_gradients(member: str, small: 
 
 def test_only_positions_and_scales_are_named_as_free_of_decay(member: str, small: Small) -> None:
     model = small(member)
-    positions = {name for name, _ in model.named_parameters() if re.search(POSITIONS, name)}
-    assert set(model.no_weight_decay()) == positions
+    wanted = POSITIONS[max((start for start in POSITIONS if member.startswith(start)), key=len)]
+    attentions = [name for name, _ in model.named_modules() if name.endswith(".attn")]
+    assert attentions
+    assert set(model.no_weight_decay()) == {f"{name}.{leaf}" for name in attentions for leaf in wanted}
 
 
 def test_layer_groups_are_one_for_each_block(member: str, small: Small) -> None:

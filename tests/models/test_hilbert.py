@@ -1,4 +1,4 @@
-"""HWT and HNT: attention along the curve against its definition, tables that follow the map, published figures."""
+"""HWT and HNT: attention along the curve against its definition, tables that follow the map, published settings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from model_helpers import on_meta, randomise
 from nearfield.checkpoints import CheckpointMismatch, DownloadError
 from nearfield.models import Backbone, catalog, export_state_dict, models_that_fit
 from nearfield.models.hnt import HNT, HilbertNeighborhoodAttention
@@ -19,17 +20,9 @@ from nearfield.models.hwt import HWT, HilbertWindowAttention
 from nearfield.models.layers import LocalAttention
 from nearfield.ops import hilbert_order, resize_table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 Small = Callable[..., Backbone]
 Attention = HilbertWindowAttention | HilbertNeighborhoodAttention
-
-
-def randomised(attn: Attention) -> Attention:
-    attn.double()
-    torch.nn.init.normal_(attn.rel_pos_bias)
-    torch.nn.init.normal_(attn.qkv.bias)
-    return attn
 
 
 def heads_of(attn: LocalAttention, x: Tensor) -> Tensor:
@@ -62,7 +55,7 @@ def rolled_windows(attn: HilbertWindowAttention, x: Tensor) -> Tensor:
     ("size", "window"), [((6, 6), 3), ((6, 9), 3), ((12, 3), 3), ((8, 12), 4), ((4, 4), 4), ((2, 6), 5), ((1, 4), 2)]
 )
 def test_hilbert_windows_are_the_published_roll_and_mask(size: tuple[int, int], window: int, shifted: bool) -> None:
-    attn = randomised(HilbertWindowAttention(16, 2, size, window, shifted))
+    attn = randomise(HilbertWindowAttention(16, 2, size, window, shifted).double())
     x = torch.randn(2, *size, 16, dtype=torch.float64)
     torch.testing.assert_close(attn(x), rolled_windows(attn, x))
 
@@ -70,7 +63,7 @@ def test_hilbert_windows_are_the_published_roll_and_mask(size: tuple[int, int], 
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("size", [(5, 7), (7, 7), (4, 11), (13, 3)])
 def test_tokens_beyond_the_last_whole_window_form_a_shorter_one(size: tuple[int, int], shifted: bool) -> None:
-    attn = randomised(HilbertWindowAttention(16, 2, size, 3, shifted))
+    attn = randomise(HilbertWindowAttention(16, 2, size, 3, shifted).double())
     H, W = size
     x = torch.randn(2, H, W, 16, dtype=torch.float64)
     order = hilbert_order(H, W)
@@ -86,7 +79,7 @@ def test_tokens_beyond_the_last_whole_window_form_a_shorter_one(size: tuple[int,
 @pytest.mark.parametrize("size", [(4, 5), (5, 4), (3, 3), (2, 4), (1, 3), (5, 1), (1, 1)])
 def test_neighborhoods_on_the_curve_pad_a_short_one_at_its_end(size: tuple[int, int]) -> None:
     length = 9
-    attn = randomised(HilbertNeighborhoodAttention(16, 2, length))
+    attn = randomise(HilbertNeighborhoodAttention(16, 2, length).double())
     H, W = size
     x = torch.randn(2, H, W, 16, dtype=torch.float64)
     order, n = hilbert_order(H, W), max(H * W, length)
@@ -142,7 +135,7 @@ def test_another_image_size_gives_what_resized_tables_give(name: str, size: tupl
 
 
 def test_the_table_learns_at_every_size() -> None:
-    attn = randomised(HilbertWindowAttention(8, 2, (6, 6), 3, True))
+    attn = randomise(HilbertWindowAttention(8, 2, (6, 6), 3, True).double())
     x = torch.randn(1, 5, 8, 8, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(attn(x).square().sum(), attn.rel_pos_bias)
     step = torch.randn_like(attn.rel_pos_bias)
@@ -202,23 +195,7 @@ def test_impossible_sizes_are_named_and_change_nothing(
     assert {key: value.shape for key, value in model.state_dict().items()} == before
 
 
-# --- published figures ------------------------------------------------------------------------------------------------
-
-
-def on_meta(name: str) -> Backbone:
-    with torch.device("meta"):
-        return nearfield.create_model(name).eval()
-
-
-# GFLOPs as printed in the authors' README (multiply-adds)
-@pytest.mark.parametrize(
-    ("name", "printed"), [("hwt_tiny", "4.5"), ("hwt_tiny_256", "5.9"), ("hnt_mini", "2.7"), ("hnt_tiny", "4.3")]
-)
-def test_flops_are_the_published_ones(name: str, printed: str) -> None:
-    model = on_meta(name)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.empty(1, 3, *model.img_size, device="meta"))
-    assert f"{counter.get_total_flops() / 2e9:.1f}" == printed
+# --- published settings -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -5,24 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nearfield
 import pytest
 import timm
 import torch
+from model_helpers import randomise
 from nearfield import checkpoints
 from nearfield.models import Backbone, export_state_dict, models_that_fit
 from torch import nn
 
 Small = Callable[..., Backbone]
-
-
-def randomised(model: Any) -> Any:
-    with torch.no_grad():
-        for p in model.parameters():
-            nn.init.normal_(p)
-    return model
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -31,7 +24,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_every_layout_round_trips_bit_for_bit(member: str, small: Small) -> None:
-    model = randomised(small(member))
+    model = randomise(small(member))
     assert model.layouts
     for layout in model.layouts:
         theirs = export_state_dict(model, layout.name)
@@ -59,7 +52,7 @@ def test_weights_of_timms_own_swin_give_timms_logits() -> None:
         "window_size": 4,
         "num_classes": 5,
     }
-    theirs = randomised(timm.create_model("swin_tiny_patch4_window7_224", **kwargs)).eval()
+    theirs = randomise(timm.create_model("swin_tiny_patch4_window7_224", **kwargs)).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.mul_(0.3)
@@ -71,7 +64,7 @@ def test_weights_of_timms_own_swin_give_timms_logits() -> None:
 
 
 def test_our_own_keys_load_under_a_prefix_and_in_wrappers(small: Small, tmp_path: Path) -> None:
-    model = randomised(nearfield.create_model("nat_nano", num_classes=10))
+    model = randomise(nearfield.create_model("nat_nano", num_classes=10))
     path = tmp_path / "run.pth"
     for content in (
         {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}},
@@ -91,7 +84,7 @@ def test_our_own_keys_load_under_a_prefix_and_in_wrappers(small: Small, tmp_path
 
 def test_input_channels_follow_the_file_or_are_adapted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "grey.pth"
-    grey = randomised(nearfield.create_model("nat_nano", num_classes=10, in_chans=1))
+    grey = randomise(nearfield.create_model("nat_nano", num_classes=10, in_chans=1))
     torch.save(grey.state_dict(), path)
     assert same(grey, nearfield.create_model("nat_nano", checkpoint_path=path))
     with caplog.at_level(logging.INFO, "nearfield.models"):
@@ -106,7 +99,7 @@ def test_tables_of_another_size_are_resized_with_one_log_line(
     route: str, published: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "k5.pth"
-    model = randomised(nearfield.create_model("nat_nano", num_classes=10))
+    model = randomise(nearfield.create_model("nat_nano", num_classes=10))
     torch.save(export_state_dict(model, "shi-labs") if published else model.state_dict(), path)
     kwargs = {"kernel_size": (7, 5, 3), "num_classes": 10}
     with caplog.at_level(logging.INFO, "nearfield.models"):
@@ -126,7 +119,7 @@ def test_tables_of_another_size_are_resized_with_one_log_line(
 
 
 def test_a_window_that_is_not_square_keeps_its_published_table(small: Small) -> None:
-    model = randomised(small("swin_tiny", window_size=(3, 6)))
+    model = randomise(small("swin_tiny", window_size=(3, 6)))
     for layout in ("microsoft", "timm"):
         other = small("swin_tiny", window_size=(3, 6))
         other.load_state_dict(export_state_dict(model, layout))
@@ -242,7 +235,7 @@ def test_the_file_of_a_twin_is_noticed_by_its_name(tmp_path: Path, caplog: pytes
 
 
 def test_a_plain_state_dict_with_a_wrapper_prefix_is_taken() -> None:
-    model = randomised(nearfield.create_model("nat_nano"))
+    model = randomise(nearfield.create_model("nat_nano"))
     other = nearfield.create_model("nat_nano")
     other.load_state_dict({f"module.{key}": value for key, value in model.state_dict().items()})
     assert same(model, other)

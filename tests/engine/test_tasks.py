@@ -1,0 +1,248 @@
+"""Detection and segmentation through the doors: runs, their folders, their evaluation, and mistakes in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nearfield.engine import data, door, evaluation, fit, loop, tasks
+from nearfield.engine.config import EvalConfig, TrainConfig, TrainerConfig
+from nearfield.engine.errors import ConfigError, DataError
+from nearfield.engine.optim import create_scheduler
+from PIL import Image
+
+CPU = torch.device("cpu")
+FDR = ["debug=fdr", "hardware=cpu", "logger=csv"]
+TASKS = ["detection", "segmentation"]
+
+
+def composed(*overrides: str) -> TrainConfig:
+    return door.compose("train", TrainConfig, overrides)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The summary of a short run of each task."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("runs")
+    return {task: fit.train(composed(f"task={task}", *FDR, f"paths.runs={root}")) for task in TASKS}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_leaves_weights_curves_and_pictures(task: str, runs: dict[str, dict[str, Any]]) -> None:
+    folder = Path(runs[task]["run_dir"])
+    names = {
+        "config.yaml",
+        "meta.json",
+        "metrics.csv",
+        "curves.png",
+        "predictions.png",
+        "last.safetensors",
+        "train.log",
+    }
+    assert names <= {path.name for path in folder.iterdir()}
+    assert runs[task]["task"] == task
+    wanted = {"detection": {"box_ap", "box_ap50", "mask_ap", "mask_ap50"}, "segmentation": {"miou", "pixel_accuracy"}}
+    assert wanted[task] <= set(runs[task])
+    row = list(csv.DictReader((folder / "metrics.csv").open()))[-1]
+    assert 0 <= float(row["loader_wait"]) < 1
+    with Image.open(folder / "predictions.png") as picture:
+        assert min(picture.size) > 200
+    assert (
+        len(json.loads((folder / "meta.json").read_text())["class_names"])
+        == {"detection": 10, "segmentation": 11}[task]
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_is_evaluated_again_with_the_same_numbers(
+    task: str, runs: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the scenes of the run are found from wherever
+    results = tmp_path / "results.csv"
+    config = door.compose("eval", EvalConfig, [f"run={runs[task]['run_dir']}", f"paths.results={results}"])
+    summary = evaluation.evaluate(config, ["run", "paths.results"])
+    primary = {"detection": "box_ap", "segmentation": "miou"}[task]
+    assert summary[primary] == pytest.approx(runs[task][primary], abs=1e-4)
+    rows = list(csv.DictReader(results.with_stem(f"results_{task}").open()))
+    assert float(rows[0][primary]) == pytest.approx(summary[primary], abs=1e-4)
+    assert not (tmp_path / "runs" / "scenes").exists()
+
+
+@pytest.mark.parametrize("head", ["faster_rcnn", "retinanet", "fcos", "cascade_mask_rcnn"])
+def test_every_detector_goes_through_a_run(head: str, tmp_path: Path) -> None:
+    small = {
+        "faster_rcnn": ["task.kwargs.mask_convs=1"],
+        "retinanet": ["task.kwargs.anchor_sizes=null"],
+        "fcos": ["task.kwargs.anchor_sizes=null"],
+        "cascade_mask_rcnn": [],
+    }[head]
+    summary = fit.train(
+        composed("task=detection", *FDR, f"task.head={head}", *small, f"paths.runs={tmp_path}", "trainer.plots=false")
+    )
+    assert "box_ap" in summary or summary["n"] == 2
+    assert ("mask_ap" in summary) <= ("mask" in head)
+
+
+def test_a_semantic_fpn_goes_through_a_run(tmp_path: Path) -> None:
+    summary = fit.train(composed("task=segmentation", *FDR, "task.head=fpn", f"paths.runs={tmp_path}"))
+    assert 0 <= summary["miou"] <= 1
+
+
+def test_a_run_of_a_classifier_gives_its_backbone(tmp_path: Path) -> None:
+    """Pre-trained here, fine-tuned here: the head is left out."""
+    first = fit.train(composed(*FDR, "model=nat_nano_128", f"paths.runs={tmp_path}", "trainer.plots=false"))
+    config = composed(
+        "task=segmentation",
+        *FDR,
+        f"paths.runs={tmp_path}",
+        f"model.checkpoint={first['run_dir']}/last.safetensors",
+    )
+    # the debug run takes no checkpoint: put it back
+    config.model.checkpoint = f"{first['run_dir']}/last.safetensors"
+    prepared = tasks.prepare(config, CPU)
+    from nearfield import checkpoints
+
+    saved = checkpoints.read(Path(config.model.checkpoint))
+    ours = prepared.model.state_dict()
+    pairs = {
+        f"backbone.body.model.{name}": value for name, value in saved.items() if not name.startswith(("head", "norm"))
+    }
+    assert len(pairs) > 20
+    for name, value in pairs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_updates_end_a_training_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    overrides = [*FDR, f"paths.runs={tmp_path}", "trainer.plots=false", "trainer.updates=3", "sched.warmup_updates=1"]
+    config = composed(*overrides)
+    prepared = tasks.prepare(config, CPU)
+    assert prepared.train is not None
+    assert len(prepared.train) == 2
+    state, epochs = fit.create_state(config, prepared.model, len(prepared.train), torch.float32, CPU)
+    assert epochs == 2
+    summary = fit.train(config)
+    assert summary["epochs"] == 2
+    row = list(csv.DictReader((Path(summary["run_dir"]) / "metrics.csv").open()))[-1]
+    assert row["step"] == "3"
+
+
+def test_a_warm_up_in_updates_reaches_the_rate_after_them() -> None:
+    config = composed(
+        "trainer.updates=160", "sched=cosine", "sched.name=poly", "sched.decay_rate=1", "sched.warmup_updates=15"
+    )
+    config.sched.min_lr, config.sched.warmup_lr = 0.0, 1e-9
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, epochs = create_scheduler(
+        config.sched, config.optim, config.trainer, optimizer, updates_per_epoch=50, global_batch=16
+    )
+    assert epochs == 4
+    rates = []
+    for step in range(160):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[7] == pytest.approx(7 / 15, rel=0.02)
+    assert rates[100] == pytest.approx(1 - 100 / 160, abs=0.02)
+
+
+def test_a_pass_that_is_cut_short_counts_its_images_and_its_loss() -> None:
+    config = composed("data=synthetic", "data.num_images=32", "data.batch_size=8", "model=nat_nano", "aug=none")
+    prepared = tasks.prepare(config, CPU)
+    state, _ = fit.create_state(config, prepared.model, 4, torch.float32, CPU)
+    assert prepared.train is not None
+    result = loop.train_epoch(state, prepared.task, prepared.train, TrainerConfig(), batch_size=8, until=3)
+    assert (result.images, state.step, state.epoch, result.complete) == (24, 3, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["task=detection", "data=digits"], ConfigError, r"data\.name: 'digits' has no boxes"),
+        (["task=segmentation", "data=digits"], ConfigError, r"data\.name: 'digits' has no class maps"),
+        (["task=detection", "data=coco"], DataError, r"data\.root is not set"),
+        (
+            ["task=segmentation", "data=ade20k", "data.root=/nowhere/ade"],
+            DataError,
+            r"data\.root=/nowhere/ade: no such",
+        ),
+        (["task=detection", "task.head=yolo"], ConfigError, r"head='yolo' must be one of mask_rcnn"),
+        (["task=segmentation", "task.head=unet"], ConfigError, r"head='unet' is unknown: use upernet or fpn"),
+        (["task=detection", "aug.policy=mosaic"], ConfigError, r"aug\.policy=mosaic: no such policy"),
+        (["task=detection", "aug.kwargs.scales=2"], ConfigError, r"policy jitter has no option 'scales'"),
+        (["task=segmentation", "aug.kwargs.crop=-3"], ConfigError, r"aug\.kwargs: policy light"),
+        (["task=detection", "model=resnext7"], ConfigError, r"there is no model 'resnext7'"),
+        (["task=segmentation", "model.num_classes=7"], ConfigError, r"the data has 11 classes"),
+        (["task=detection", "data.num_classes=80"], ConfigError, r"the data has 10 classes"),
+    ],
+)
+def test_mistakes_are_one_line(overrides: list[str], error: type[Exception], words: str, tmp_path: Path) -> None:
+    quick = ["data.num_images=4", "data.batch_size=2"] if not any("data=" in o for o in overrides) else []
+    with pytest.raises(error, match=words) as caught:
+        fit.train(composed(*overrides, *quick, f"paths.runs={tmp_path}"))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*/*/config.yaml"))
+
+
+def test_categories_of_train_and_val_must_agree(tmp_path: Path) -> None:
+    from nearfield.engine.dense.scenes import write_scenes
+
+    folder = write_scenes(tmp_path, count_train=2, count_val=2)
+    val = folder / "annotations" / "instances_val.json"
+    values = json.loads(val.read_text())
+    values["categories"][3]["name"] = "drei"
+    val.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"categories of train and val differ .*drei"):
+        fit.train(
+            composed("task=detection", "data=coco", f"data.root={folder}", "data.workers=0", f"paths.runs={tmp_path}")
+        )
+
+
+def test_images_of_different_sizes_make_no_batch_of_maps(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for i, side in enumerate((40, 48)):
+            Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / "images" / split / f"{i}.png")
+            Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / "masks" / split / f"{i}.png")
+    overrides = ["task=segmentation", "data=masks", f"data.root={tmp_path}", "data.num_classes=2", "data.workers=0"]
+    with pytest.raises(ConfigError, match=r"images of 40x40 and 48x48 make no batch: aug\.policy=random_crop"):
+        fit.train(composed(*overrides, "aug=none", f"paths.runs={tmp_path / 'runs'}"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_overfitted_is_what_is_measured(task: str, tmp_path: Path) -> None:
+    config = composed(
+        f"task={task}", "data.num_images=4", "data.batch_size=2", "data.overfit_batches=1", f"paths.runs={tmp_path}"
+    )
+    prepared = tasks.prepare(config, CPU)
+    assert prepared.train is not None
+    if task == "detection":
+        (images, targets), (again, _) = next(iter(prepared.train)), next(iter(prepared.val))
+        assert torch.equal(images[0], again[0])
+        metrics = prepared.task.metrics()
+        perfect = [{**t, "scores": torch.ones(len(t["labels"])), "masks": t["masks"].bool()} for t in targets]
+        metrics.add(perfect, targets)
+        assert metrics.result()["box_ap"] == pytest.approx(1.0)
+        assert metrics.result()["mask_ap"] == pytest.approx(1.0)
+    else:
+        assert prepared.task.metrics().num_classes == 11  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "least"), [("detection", ("box_ap", 0.8)), ("segmentation", ("miou", 0.9))])
+def test_a_model_overfits_one_batch(task: str, least: tuple[str, float], tmp_path: Path) -> None:
+    overrides = [f"task={task}", "data.num_images=4", "data.batch_size=4", "debug=overfit", "data.overfit_batches=1"]
+    summary = fit.train(composed(*overrides, f"paths.runs={tmp_path}", "optim.lr=3e-3", "trainer.epochs=60"))
+    assert summary[least[0]] > least[1]
+
+
+def test_data_for_dense_tasks_is_counted(tmp_path: Path) -> None:
+    config = composed("task=detection", "data.num_images=4", "data.batch_size=64", f"paths.runs={tmp_path}")
+    with pytest.raises(ConfigError, match=r"data\.batch_size=64 is larger than the training set \(4 images\)"):
+        tasks.prepare(config, CPU)
+    assert data.Source(None, None, 1, 3).root is None
