@@ -32,7 +32,7 @@ from nearfield.engine import hardware
 from nearfield.engine.config import HardwareConfig
 from nearfield.engine.dense.decode import MODES, read_image
 from nearfield.engine.dense.drawing import write_picture
-from nearfield.engine.errors import DataError, UserError
+from nearfield.engine.errors import INTERRUPTED, DataError, UserError
 from torch import Tensor
 
 HEADS = ("mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "cascade_rcnn", "retinanet", "fcos", *SEGMENTATION_HEADS)
@@ -46,12 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ValueError, OSError) as error:
         print(f"predict: {_line(error)}", file=sys.stderr)
         return 2
+    interrupted = False
     try:
         run.all()
-    finally:  # what was done is kept, also when it is interrupted
-        summary = run.write()
-    print(json.dumps(summary))
-    return 0 if run.records else 1
+    except KeyboardInterrupt:
+        interrupted = True
+        print("predict: interrupted: what was done is kept", file=sys.stderr)
+    except OSError as error:
+        print(f"predict: {run.output}: cannot write there: {_line(error)}", file=sys.stderr)
+        return 2
+    print(json.dumps(run.write()))
+    return INTERRUPTED if interrupted else 0 if run.records else 1
 
 
 class _Run:

@@ -109,6 +109,19 @@ def test_class_maps_colour_all_but_background_and_hatch_what_is_ignored() -> Non
     assert len(np.unique(picture[260:490, 260:490])) == 2  # two grays
 
 
+def test_captions_are_below_the_image_and_as_long_as_the_share() -> None:
+    picture = drawing.draw_caption(
+        gray(100, 100), {"a cat": 0.75, "a dog with a name that is much too long " * 5: 0.25}
+    )
+    assert (np.asarray(picture)[:500] == 128).all()
+    below = np.asarray(picture)[500:]
+    bars = (below == (178, 211, 245)).all(-1)
+    ends = [int(np.flatnonzero(row).max()) for row in bars if row.any()]  # of rows where no letter is over it
+    half = len(ends) // 2
+    assert (max(ends[:half]), max(ends[half:])) == (375, 125)
+    assert (below[:, -5:] == 255).all()  # the long name is made smaller
+
+
 def test_the_legend_names_the_classes_that_are_there() -> None:
     names = ["background", *NAMES]
     labels = torch.tensor([[0, 4], [4, 255]])

@@ -292,6 +292,24 @@ def test_a_run_of_classification_is_looked_at_as_it_was_trained(
     )
 
 
+def test_an_interruption_keeps_what_was_done(
+    run: Run, classifier: tuple[Any, Path], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = sys.modules["_predict_tasks"]
+    usual = tasks._Classifier.__call__
+
+    def impatient(self: Any, images: Any) -> Any:
+        if images[0].shape[-2:] == (90, 40):
+            raise KeyboardInterrupt
+        return usual(self, images)
+
+    monkeypatch.setattr(tasks._Classifier, "__call__", impatient)
+    said = run(photos, "--checkpoint", classifier[1])
+    assert (said["code"], said["images"]) == (130, 1)
+    assert said["err"].count("\n") == 1
+    assert len(json.loads(Path("predictions/results.json").read_text())["predictions"]) == 1
+
+
 def test_broken_weights_are_said(run: Run, classifier: tuple[Any, Path], photos: Path, tmp_path: Path) -> None:
     state = {key: value.clone() for key, value in classifier[0].state_dict().items()}
     state["norm.weight"][0] = float("nan")
