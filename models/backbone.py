@@ -17,8 +17,9 @@ from timm.layers import ClassifierHead, trunc_normal_
 from torch import Tensor, nn
 
 from ..checkpoints import Layout
+from .arguments import check_arguments, check_pool
 from .layers import NormLayer, Pair, Size, Stage, to_pair
-from .loading import CLASSIFIER, TABLE, LoadsPublished, fit_state_dict
+from .loading import CLASSIFIER, LoadsPublished, fit_state_dict, position_tables
 
 MIN_IMAGE = 32
 
@@ -75,6 +76,7 @@ class Backbone(LoadsPublished):
         head: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        check_pool(global_pool)
         self.img_size = to_pair("img_size", img_size)
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -112,7 +114,7 @@ class Backbone(LoadsPublished):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay besides norms and biases: the position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith(TABLE)}
+        return set(position_tables(self))
 
     def set_input_size(self, img_size: Size | None = None, **sizes: Any) -> None:
         """Change the nominal image size, and whatever sizes of attention the family has (``window_size``, ...).
@@ -164,6 +166,8 @@ class Backbone(LoadsPublished):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier (and pooling, if given) in place; 0 classes for none."""
+        check_arguments(num_classes=num_classes)
+        check_pool(global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
         self.head_hidden_size = self.head.num_features

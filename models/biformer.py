@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import CheckpointMismatch, Layout, Rule
 from ..ops import Full, local_attention, routing_attention
+from .arguments import check_heads, stage_count
 from .layers import (
     Block,
     ConvDownsample,
@@ -28,6 +29,7 @@ from .layers import (
     Pair,
     PatchStem,
     Size,
+    crop_map,
     pad_map,
     per_stage,
     to_pair,
@@ -89,7 +91,7 @@ class RoutingAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.scale = dim**-0.5
         self.pad = pad
@@ -111,21 +113,23 @@ class RoutingAttention(nn.Module):
             size = (x.shape[1] // ny, x.shape[2] // nx)
         else:
             size = (max(H // ny, 1), max(W // nx, 1))
-        count = -(-x.shape[1] // size[0]) * -(-x.shape[2] // size[1])
+        topk = min(self.topk, -(-x.shape[1] // size[0]) * -(-x.shape[2] // size[1]))
+        if torch.jit.is_tracing():  # sides are tensors there, and a trace is of one size
+            size, topk = (int(size[0]), int(size[1])), int(topk)
         qkv = self.qkv_linear(x).unflatten(-1, (3, self.num_heads, -1))
         routed = routing_attention(
             qkv,
             None,
             None,
             None,
-            min(self.topk, count),
+            topk,
             region_size=size,
             pad="zero",
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         x = routed.flatten(3) + self.lepe(qkv[:, :, :, 2].flatten(3))
-        return self.proj_drop(self.output_linear(x[:, :H, :W]))
+        return self.proj_drop(self.output_linear(crop_map(x, H, W)))
 
 
 class FullAttention(nn.Module):
@@ -140,7 +144,7 @@ class FullAttention(nn.Module):
         self, dim: int, num_heads: int, lepe: str = "input", attn_drop: float = 0.0, proj_drop: float = 0.0
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.lepe_of_value = lepe == "value"
         self.attn_drop = attn_drop
@@ -155,11 +159,6 @@ class FullAttention(nn.Module):
         out = local_attention(qkv, None, None, Full(), dropout_p=self.attn_drop if self.training else 0.0)
         local = self.lepe(qkv[:, :, :, 2].flatten(3) if self.lepe_of_value else x)
         return self.proj_drop(self.proj(out.flatten(3) + local))
-
-
-def _check_heads(dim: int, num_heads: int) -> None:
-    if dim % num_heads:
-        raise ValueError(f"num_heads={num_heads} must divide the {dim} channels of its stage")
 
 
 class PositionBlock(Block):
@@ -282,7 +281,7 @@ class BiFormer(LocalTransformer):
         norm_layer: str | Callable[..., nn.Module] = _LAYER_NORM,
         **options: Any,
     ) -> None:
-        cut = _regions(regions, len(depths))
+        cut = _regions(regions, stage_count(depths))
         chosen = _topk(topk, cut)
 
         def attention(
@@ -376,7 +375,7 @@ def _regions(regions: Size | Sequence[Size], stages: int) -> list[Pair]:
 
 def _topk(topk: int | Sequence[int | None] | None, regions: Sequence[Pair]) -> list[int | None]:
     """The number of key regions of every stage, None for full attention."""
-    counts = list(per_stage("topk", topk, len(regions)))
+    counts = list(per_stage("topk", topk, len(regions), pairs=False))
     for count, (ny, nx) in zip(counts, regions, strict=True):
         if count is not None and not (isinstance(count, int) and 1 <= count <= ny * nx):
             raise ValueError(

@@ -59,12 +59,15 @@ class Variant:
         """The bare backbone, without the registry's configuration."""
         return self.family(**{**self.kwargs, **overrides})
 
+    def skeleton(self) -> Backbone:
+        """A new model of it on the meta device, for RGB images and without a classifier."""
+        with torch.device("meta"), _Undrawn():
+            return self.build(num_classes=0, in_chans=3)
+
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """Names and shapes of its state dict for RGB images, without a classifier."""
-        with torch.device("meta"), _Undrawn():
-            state = self.build(num_classes=0, in_chans=3).state_dict()
-        return {name: value.shape for name, value in state.items()}
+        """Names and shapes of the skeleton's state dict."""
+        return {name: value.shape for name, value in self.skeleton().state_dict().items()}
 
 
 _VARIANTS: dict[str, Variant] = {}

@@ -24,6 +24,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     create_act_layer,
     create_attn,
+    get_act_layer,
     get_norm_act_layer,
     make_divisible,
     trunc_normal_,
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 
 from ..checkpoints import Layout, Rule
 from ..ops import Halo, local_attention, resize_table
+from .arguments import by_name, check_arguments, check_heads, check_stem_stride, stage_count
 from .backbone import Backbone
-from .layers import Pair, Size, Stage, per_stage, to_pair
+from .layers import Pair, PositionTables, Size, Stage, per_stage, to_pair
 from .registry import register
 
 
@@ -88,8 +90,7 @@ class ResNetStem(nn.Module):
         conv: Callable[..., nn.Module],
     ) -> None:
         super().__init__()
-        if stride not in (2, 4):
-            raise ValueError(f"stem_stride must be 2 or 4, got {stride}")
+        check_stem_stride(stride)
         if stride == 4 and not pool and len(dims) < 2:
             raise ValueError(f"stem_stride=4 needs stem_pool=True or two convolutions, got stem_dims={tuple(dims)}")
         for i, dim in enumerate(dims):
@@ -105,7 +106,7 @@ class ResNetStem(nn.Module):
         return self.pool(x).permute(0, 2, 3, 1).contiguous()
 
 
-class HaloAttention(nn.Module):
+class HaloAttention(PositionTables):
     """Blocked local attention with a halo, and tables of relative positions that multiply the query.
 
     A map that is no multiple of the block has zero keys in the rest of its last blocks, as it has in their halo.
@@ -121,6 +122,10 @@ class HaloAttention(nn.Module):
         attn_drop, proj_drop: dropout of the attention weights and of the output.
     """
 
+    position_tables = ("rel_pos_bias_y", "rel_pos_bias_x")
+    rel_pos_bias_y: nn.Parameter
+    rel_pos_bias_x: nn.Parameter
+
     def __init__(
         self,
         dim: int,
@@ -135,8 +140,7 @@ class HaloAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if v_dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} must divide the {v_dim} channels of v")
+        check_heads(v_dim, num_heads, "channels of v")
         self.num_heads = num_heads
         self.head_dims = (head_dim, v_dim // num_heads)
         self.stride = stride
@@ -146,9 +150,8 @@ class HaloAttention(nn.Module):
         self.kv = nn.Conv2d(dim, num_heads * head_dim + v_dim, 1, bias=False)
         self.proj_drop = nn.Dropout(proj_drop)
         self._cut(block_size, halo_size)
-        rows = [self._rows(axis) for axis in (0, 1)]
-        self.rel_pos_bias_y = nn.Parameter(torch.empty(sum(rows[0]), head_dim))
-        self.rel_pos_bias_x = nn.Parameter(torch.empty(sum(rows[1]), head_dim))
+        for name, rows in self._rows().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(sum(rows), head_dim)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -165,22 +168,33 @@ class HaloAttention(nn.Module):
         self.averaged = self.stride > self.step
         self.halo = Halo(block_size, halo_size, "zero", self.step)
 
-    def _rows(self, axis: int) -> Pair:
-        """Rows of an axis' table that no displacement reaches, and those that one does."""
-        spare = 2 * self.halo_size[axis] if self.spare_rows else 0
-        return spare, 2 * (self.block_size[axis] + self.halo_size[axis]) - 1
+    def _rows(self) -> dict[str, Pair]:
+        """Of each table the rows that no displacement reaches, and those that one does."""
+        sizes = zip(self.position_tables, self.block_size, self.halo_size, strict=True)
+        return {name: (2 * halo if self.spare_rows else 0, 2 * (block + halo) - 1) for name, block, halo in sizes}
 
     def set_block(self, block_size: Pair, halo_size: Pair) -> None:
         """Change block and halo; the tables are resized to the displacements that then occur."""
-        old = [self._rows(axis) for axis in (0, 1)]
+        before = self._rows()
         self._cut(block_size, halo_size)
-        for axis, name in enumerate(("rel_pos_bias_y", "rel_pos_bias_x")):
-            table, new = getattr(self, name), self._rows(axis)
-            if new != old[axis]:
-                with torch.no_grad():
-                    reached = resize_table(table[old[axis][0] :].T[..., None], (new[1], 1))[..., 0].T
-                    resized = F.pad(reached, (0, 0, new[0], 0))
-                setattr(self, name, nn.Parameter(resized, requires_grad=table.requires_grad))
+        for name, rows in self._rows().items():
+            self.replace_table(name, resize_rows(getattr(self, name), before[name], rows))
+
+    def fit_table(self, name: str, table: Tensor, source: PositionTables | None = None) -> Tensor:
+        """A table (rows, head_dim) of other blocks and halos; how many of its rows are spare takes a ``source``."""
+        rows = self._rows()[name]
+        if table.ndim != 2 or table.shape[1] != self.head_dims[0] or table.shape[0] in (0, sum(rows)):
+            return table
+        if isinstance(source, HaloAttention):
+            before = source._rows()[name]
+        elif self.spare_rows:
+            raise ValueError(
+                f"the file has {table.shape[0]} rows, the model {sum(rows)}, and rows do not tell block from halo: "
+                "load into a model with the block_size and halo_size of the file, then call set_input_size"
+            )
+        else:
+            before = (0, table.shape[0])
+        return resize_rows(table, before, rows) if sum(before) == table.shape[0] and before[1] % 2 else table
 
     def _table(self, table: Tensor, axis: int) -> Tensor:
         """The table with the spare rows that the operator counts from."""
@@ -204,6 +218,18 @@ class HaloAttention(nn.Module):
         if self.averaged:
             x = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False)
         return self.proj_drop(x)
+
+
+def resize_rows(table: Tensor, before: Pair, after: Pair) -> Tensor:
+    """A table (rows, head_dim) with other numbers of spare rows, which become zero, and of displacements, bicubically.
+
+    before, after: (spare, reached) rows that it has and is to have.
+    """
+    if before == after:
+        return table
+    with torch.no_grad():
+        reached = resize_table(table[before[0] :].T[..., None], (after[1], 1))[..., 0].T
+        return F.pad(reached, (0, 0, after[0], 0))
 
 
 class Bottleneck(nn.Module):
@@ -364,31 +390,53 @@ class HaloNet(Backbone):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        stages = len(depths)
-        ratios = per_stage("r_b", r_b, stages)
-        heads = per_stage("num_heads", num_heads, stages)
+        stages = stage_count(depths)
+        check_arguments(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            r_v=r_v,
+            r_b=r_b,
+            head_dim=head_dim,
+            qk_ratio=qk_ratio,
+            expansion=expansion,
+            group_width=group_width,
+            gate_ratio=gate_ratio,
+            num_features=num_features,
+            stem_dims=stem_dims,
+            stem_kernel_size=stem_kernel_size,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        if first_stride not in (1, 2):
+            raise ValueError(f"first_stride must be 1 or 2, got {first_stride!r}")
+        ratios = per_stage("r_b", r_b, stages, pairs=False)
+        heads = per_stage("num_heads", num_heads, stages, pairs=False)
         blocks = [to_pair("block_size", size) for size in per_stage("block_size", block_size, stages)]
         halos = [to_pair("halo_size", size) for size in per_stage("halo_size", halo_size, stages)]
-        if attention is not None and len(attention) != stages:
-            raise ValueError(f"attention has {len(attention)} entries for {stages} stages: give one for each stage")
+        attended = _attended(attention, depths)
         dims = [round(embed_dim * 2**i * ratio) for i, ratio in enumerate(ratios)]
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         layers: dict[str, Any] = {"norm_layer": norm_layer, "act_layer": act_layer}
         conv = partial(ConvNorm, **layers)
-        norm_act = get_norm_act_layer(norm_layer, act_layer)
+        by_name("act_layer", act_layer, get_act_layer)
+        norm_act = by_name("norm_layer", norm_layer, partial(get_norm_act_layer, act_layer=act_layer))
 
         def bottleneck(i: int, j: int, dim: int) -> Bottleneck:
             inner = embed_dim * 2**i if expansion is None else round(dim * expansion)
             stride = 1 if j else (2 if i else first_stride)
             mixer: dict[str, nn.Module]
-            if attention is None or j in attention[i]:
+            if j in attended[i]:
                 mixed = round(inner * r_v)
                 mixer = {
                     "attn": HaloAttention(
                         inner,
                         mixed,
                         heads[i],
-                        head_dim or make_divisible(inner * qk_ratio, 8) // heads[i],
+                        head_dim or _qk_dim(inner, qk_ratio, heads[i]),
                         blocks[i],
                         halos[i],
                         stride,
@@ -404,7 +452,8 @@ class HaloNet(Backbone):
                     raise ValueError(f"group_width={group_width} must divide the {inner} channels of stage {i}")
                 mixer = {"conv2": conv(inner, inner, 3, stride=stride, groups=inner // (group_width or inner))}
                 if gate is not None:
-                    mixer["gate"] = create_attn(gate, inner, **({} if gate_ratio is None else {"rd_ratio": gate_ratio}))
+                    reduction = {} if gate_ratio is None else {"rd_ratio": gate_ratio}
+                    mixer["gate"] = by_name("gate", gate, partial(create_attn, channels=inner, **reduction))
             return Bottleneck(
                 mixer,
                 dim,
@@ -437,10 +486,6 @@ class HaloNet(Backbone):
             num_features=num_features,
         )
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay besides norms and biases: the position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith((".rel_pos_bias_y", ".rel_pos_bias_x"))}
-
     def _resize_attention(
         self,
         img_size: Pair,
@@ -461,6 +506,26 @@ class HaloNet(Backbone):
                 attn.set_block(
                     attn.block_size if blocks is None else blocks[i], attn.halo_size if halos is None else halos[i]
                 )
+
+
+def _attended(attention: Sequence[Sequence[int]] | None, depths: Sequence[int]) -> list[Sequence[int]]:
+    """The numbers of the blocks with attention in every stage."""
+    if attention is None:
+        return [range(depth) for depth in depths]
+    if not isinstance(attention, Sequence) or len(attention) != len(depths):
+        raise ValueError(f"attention must have one entry for each of the {len(depths)} stages, got {attention!r}")
+    for i, (blocks, depth) in enumerate(zip(attention, depths, strict=True)):
+        if not isinstance(blocks, Sequence) or not all(block in range(depth) for block in blocks):
+            raise ValueError(f"attention[{i}] must name blocks from 0 to {depth - 1}, got {blocks!r}")
+    return list(attention)
+
+
+def _qk_dim(inner: int, qk_ratio: float, num_heads: int) -> int:
+    """Channels of q and k in a head: a multiple of 8 for all heads, shared among them."""
+    width = make_divisible(inner * qk_ratio, 8)
+    if width < num_heads:
+        raise ValueError(f"num_heads={num_heads} are more than the {width} channels of q: lower it or give head_dim=")
+    return width // num_heads
 
 
 class HaloRegNetZ(HaloNet):

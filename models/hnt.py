@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..checkpoints import CheckpointMismatch
 from ..ops import HilbertNeighborhood, hilbert_order
-from .layers import ConvDownsample, ConvStem, LocalAttention, Pair, pad_map, per_stage
+from .arguments import stage_count
+from .layers import ConvDownsample, ConvStem, LocalAttention, Pair, counts_per_stage, pad_map
 from .nat import NAT
 from .registry import register
 from .transformer import LocalTransformer
@@ -114,7 +115,7 @@ class HNT(LocalTransformer):
     def __init__(
         self, *, kernel_size: int | Sequence[int] = 49, depths: Sequence[int] = (3, 4, 6, 5), **options: Any
     ) -> None:
-        kernels = _kernels(kernel_size, len(depths))
+        kernels = counts_per_stage("kernel_size", kernel_size, stage_count(depths))
 
         def attention(stage: int, block: int, dim: int, num_heads: int, **drops: Any) -> HilbertNeighborhoodAttention:
             return HilbertNeighborhoodAttention(dim, num_heads, kernels[stage], **drops)
@@ -125,19 +126,11 @@ class HNT(LocalTransformer):
         super()._resize_attention(img_size, **others)
         if kernel_size is None:
             return
-        kernels = _kernels(kernel_size, len(self.feature_info))
+        kernels = counts_per_stage("kernel_size", kernel_size, len(self.feature_info))
         # stages may have been pruned
         for stage, kernel in zip(self.stages, kernels, strict=False):
             for block in stage.blocks:
                 block.attn.set_kernel(kernel)
-
-
-def _kernels(kernel_size: int | Sequence[int], stages: int) -> list[int]:
-    """The kernel of every stage."""
-    kernels = per_stage("kernel_size", kernel_size, stages)
-    if not all(isinstance(kernel, int) and kernel > 0 for kernel in kernels):
-        raise ValueError(f"kernel_size must be a positive int or one for each stage, got {kernel_size!r}")
-    return kernels
 
 
 _TINY = {"embed_dim": 64, "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0}

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from ..ops import HilbertWindow, resize_table
-from .layers import LocalAttention, Pair, PatchMerging, PatchStem, Size, per_stage, to_pair
+from .arguments import check_arguments, stage_count
+from .layers import LocalAttention, Pair, PatchMerging, PatchStem, Size, counts_per_stage, map_sizes, to_pair
 from .registry import register
 from .swin import Swin
 from .transformer import LocalTransformer
@@ -89,8 +90,10 @@ class HWT(LocalTransformer):
         stem_stride: int = 4,
         **options: Any,
     ) -> None:
-        windows = _windows(window_size, len(depths))
-        maps = _maps(to_pair("img_size", img_size), stem_stride, len(depths))
+        stages = stage_count(depths)
+        windows = counts_per_stage("window_size", window_size, stages)
+        check_arguments(stem_stride=stem_stride)
+        maps = map_sizes(to_pair("img_size", img_size), stem_stride, stages)
 
         def attention(stage: int, block: int, dim: int, num_heads: int, **drops: Any) -> HilbertWindowAttention:
             return HilbertWindowAttention(dim, num_heads, maps[stage], windows[stage], shifted=block % 2 == 1, **drops)
@@ -100,28 +103,14 @@ class HWT(LocalTransformer):
     def _resize_attention(self, img_size: Pair, window_size: int | Sequence[int] | None = None, **others: Any) -> None:
         super()._resize_attention(img_size, **others)
         stages = len(self.feature_info)
-        windows = None if window_size is None else _windows(window_size, stages)
-        maps = _maps(img_size, self.feature_info[0]["reduction"], stages)
+        windows = None if window_size is None else counts_per_stage("window_size", window_size, stages)
+        maps = map_sizes(img_size, self.feature_info[0]["reduction"], stages)
         # stages may have been pruned
         for i, stage in enumerate(self.stages):
             for block in stage.blocks:
                 block.attn.set_map(maps[i])
                 if windows is not None:
                     block.attn.set_window(windows[i])
-
-
-def _windows(window_size: int | Sequence[int], stages: int) -> list[int]:
-    """The window of every stage."""
-    windows = per_stage("window_size", window_size, stages)
-    if not all(isinstance(window, int) and window > 0 for window in windows):
-        raise ValueError(f"window_size must be a positive int or one for each stage, got {window_size!r}")
-    return windows
-
-
-def _maps(img_size: Pair, stem_stride: int, stages: int) -> list[Pair]:
-    """The map of every stage for an image size."""
-    reductions = [stem_stride * 2**i for i in range(stages)]
-    return [(-(-img_size[0] // reduction), -(-img_size[1] // reduction)) for reduction in reductions]
 
 
 _TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7, "drop_path_rate": 0.2}

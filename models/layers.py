@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Pattern, local_attention, resize_table
+from .arguments import check_heads, check_stem_stride
 
 Pair = tuple[int, int]
 Size = int | Pair
@@ -31,24 +33,59 @@ def to_pair(name: str, value: Size) -> Pair:
     return pair[0], pair[1]
 
 
-def per_stage(name: str, value: Any, stages: int) -> list[Any]:
+def per_stage(name: str, value: Any, stages: int, *, pairs: bool = True) -> list[Any]:
     """One value for each stage: a sequence of ``stages`` entries is taken as that, anything else is repeated.
 
-    A (y, x) pair therefore holds for all stages unless the model has exactly two.
+    pairs: a value may be a (y, x) pair, which therefore holds for all stages unless the model has exactly two.
     """
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * stages
     if len(value) == stages:
         return list(value)
-    if len(value) == 2 and all(isinstance(entry, int) for entry in value):
+    if pairs and len(value) == 2 and all(isinstance(entry, int) for entry in value):
         return [tuple(value)] * stages
     raise ValueError(f"{name} must be one value or one for each of the {stages} stages, got {value!r}")
 
 
+def counts_per_stage(name: str, value: int | Sequence[int], stages: int) -> list[int]:
+    """One positive int for each stage, from one or from one for each."""
+    counts = per_stage(name, value, stages, pairs=False)
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ValueError(f"{name} must be a positive int or one for each stage, got {value!r}")
+    return counts
+
+
+def map_sizes(img_size: Pair, stem_stride: int, stages: int) -> list[Pair]:
+    """(height, width) of the map of every stage: sides are rounded up at every halving."""
+    reductions = [stem_stride * 2**i for i in range(stages)]
+    return [(-(-img_size[0] // reduction), -(-img_size[1] // reduction)) for reduction in reductions]
+
+
 def pad_map(x: Tensor, height: int, width: int) -> Tensor:
     """Zero-pad a (B, H, W, C) map at the right and bottom to ``height`` x ``width``."""
-    below, right = height - x.shape[1], width - x.shape[2]
-    return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+    return pad_end(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+
+
+def crop_map(x: Tensor, height: int, width: int) -> Tensor:
+    """The first ``height`` x ``width`` of a (B, H, W, C) map."""
+    if not torch.compiler.is_compiling():
+        return x[:, :height, :width]
+    if statically_known_true(x.shape[1] == height) and statically_known_true(x.shape[2] == width):
+        return x
+    # a view is contiguous or not depending on the size, and what comes after would be compiled for either
+    return x[:, :height, :width].clone(memory_format=torch.contiguous_format)
+
+
+def pad_end(x: Tensor, amounts: tuple[int, ...]) -> Tensor:
+    """``F.pad`` with zeros, or ``x`` itself where there is nothing to pad.
+
+    A graph that is recorded for any size always pads: to ask whether there is something would make one for each answer.
+    """
+    if torch.compiler.is_compiling():
+        nothing = all(statically_known_true(amount == 0) for amount in amounts)
+    else:
+        nothing = not any(amounts)
+    return x if nothing else F.pad(x, amounts)
 
 
 class ConvStem(nn.Module):
@@ -59,8 +96,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, norm_layer: NormLayer, stride: int = 4) -> None:
         super().__init__()
-        if stride not in (2, 4):
-            raise ValueError(f"stem_stride must be 2 or 4, got {stride}")
+        check_stem_stride(stride)
         self.conv1 = nn.Conv2d(in_chans, dim // (stride // 2), 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1) if stride == 4 else nn.Identity()
         self.norm = norm_layer(dim)
@@ -85,9 +121,7 @@ class PatchStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) image to (B, ceil(H/p), ceil(W/p), dim) map."""
         below, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(pad_end(x, (0, right, 0, below))).permute(0, 2, 3, 1))
 
 
 class ConvDownsample(nn.Module):
@@ -123,7 +157,38 @@ class PatchMerging(nn.Module):
         return x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
 
 
-class LocalAttention(nn.Module):
+class PositionTables(nn.Module):
+    """Base of modules with learned position tables: what says which parameters they are and how each is resized.
+
+    ``position_tables`` names them; loading, ``set_input_size`` and ``no_weight_decay`` go by it.
+    """
+
+    position_tables: ClassVar[tuple[str, ...]] = ()
+
+    def fit_table(self, name: str, table: Tensor, source: PositionTables | None = None) -> Tensor:
+        """A value of the parameter ``name`` at the size that it has in this module.
+
+        Args:
+            name: one of ``position_tables``.
+            table: from a module whose sizes of attention may be others.
+            source: that module, where it is known.
+
+        Returns:
+            the resized table; ``table`` itself where it has the size already or is of another kind.
+
+        Raises:
+            ValueError: the way to resize it cannot be told from the table alone, and ``source`` is None.
+        """
+        raise NotImplementedError
+
+    def replace_table(self, name: str, table: Tensor) -> None:
+        """Put another table in the place of the parameter ``name``; nothing happens when it is the same."""
+        own = getattr(self, name)
+        if table is not own:
+            setattr(self, name, nn.Parameter(table.detach(), requires_grad=own.requires_grad))
+
+
+class LocalAttention(PositionTables):
     """Multi-head attention over a pattern with a learned table of relative positions.
 
     A subclass says which pattern a map gets (``pattern``) and to which size the map is padded first (``padded``). The
@@ -139,6 +204,8 @@ class LocalAttention(nn.Module):
         attn_drop, proj_drop: dropout of the attention weights and of the output.
     """
 
+    position_tables: ClassVar[tuple[str, ...]] = ("rel_pos_bias",)
+
     def __init__(
         self,
         dim: int,
@@ -149,12 +216,12 @@ class LocalAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} must divide the {dim} channels of its stage")
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.attn_drop = attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.rel_pos_bias = nn.Parameter(torch.empty(num_heads, 2 * reach[0] + 1, 2 * reach[1] + 1))
+        self.table_size = (2 * reach[0] + 1, 2 * reach[1] + 1)
+        self.rel_pos_bias = nn.Parameter(torch.empty(num_heads, *self.table_size))
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
@@ -165,11 +232,16 @@ class LocalAttention(nn.Module):
 
     def resize_table(self, reach: Pair) -> None:
         """Give the table another reach, bicubically; nothing happens when it has it already."""
-        size = (2 * reach[0] + 1, 2 * reach[1] + 1)
-        if tuple(self.rel_pos_bias.shape[1:]) != size:
-            with torch.no_grad():
-                table = resize_table(self.rel_pos_bias, size)
-            self.rel_pos_bias = nn.Parameter(table, requires_grad=self.rel_pos_bias.requires_grad)
+        self.table_size = (2 * reach[0] + 1, 2 * reach[1] + 1)
+        for name in self.position_tables:
+            self.replace_table(name, self.fit_table(name, getattr(self, name)))
+
+    def fit_table(self, name: str, table: Tensor, source: PositionTables | None = None) -> Tensor:
+        """A table (heads, odd, odd) of any reach at this module's, bicubically; every reach shows in the shape."""
+        if table.ndim != 3 or table.shape[0] != self.num_heads or any(side % 2 == 0 for side in table.shape[1:]):
+            return table
+        with torch.no_grad():
+            return resize_table(table, self.table_size)
 
     def padded(self, height: int, width: int) -> Pair:
         """Size to which a map is padded before attention."""
@@ -196,7 +268,7 @@ class LocalAttention(nn.Module):
             bias=self.position_bias(height, width),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        return self.proj_drop(self.proj(x[:, :H, :W].flatten(3)))
+        return self.proj_drop(self.proj(crop_map(x.flatten(3), H, W)))
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,15 +19,14 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..checkpoints import CheckpointMismatch, convert, describe_mismatch, unwrap
-from ..ops import resize_table
 from . import catalog
+from .layers import PositionTables
 
 if TYPE_CHECKING:
     from .backbone import Backbone
 
 _logger = logging.getLogger("nearfield.models")
 
-TABLE = "rel_pos_bias"
 CLASSIFIER = "head.fc"
 OURS = "nearfield"
 OUTPUT_NORM = re.compile(r"(?:norm|extra_norms\.)(\d+)\.(weight|bias)")
@@ -53,38 +52,54 @@ def fit_state_dict(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Te
     fitted, layout = convert(state, model.layouts, expected)
     if layout is not None:
         _logger.debug("converted %d keys from the %s layout", len(state), layout.name)
-    resized: Counter[str] = Counter()
-    tables = [
-        name
-        for name, want in expected.items()
-        if name.endswith(TABLE) and name in fitted and _another_size(fitted[name].shape, want)
-    ]
+    tables = {
+        name: place
+        for name, place in position_tables(model).items()
+        if name in fitted and fitted[name].shape != expected[name]
+    }
     # a file of another model is left as it is, for the error to name what the file really holds
-    ours = all(name in fitted for name in expected if not name.startswith(CLASSIFIER))
-    for name in tables if tables and ours and not _of_another_family(state, model) else ():
-        table, want = fitted[name], expected[name]
-        with torch.no_grad():
-            fitted[name] = resize_table(table, (want[1], want[2]))
-        resized[f"{table.shape[1]}x{table.shape[2]} to {want[1]}x{want[2]}"] += 1
-    if resized:
-        sizes = ", ".join(f"{count} from {change}" for change, count in resized.items())
-        _logger.warning("resized relative position tables bicubically: %s", sizes)
+    if tables and all(name in fitted for name in expected if not name.startswith(CLASSIFIER)):
+        _resize_tables(fitted, tables, model, models_that_fit(state))
     return fitted
 
 
-def _of_another_family(state: Mapping[str, Tensor], model: Backbone) -> bool:
-    """Whether models fit a file, but none of this family: Swin's and HWT's keys differ in the size of tables alone."""
-    families = [variant.family for name in models_that_fit(state) if (variant := catalog.get(name)) is not None]
-    return bool(families) and not any(isinstance(model, family) for family in families)
+def position_tables(model: nn.Module) -> dict[str, tuple[PositionTables, str]]:
+    """Where each position table of a model is, by its name in the state dict: the module and the name therein."""
+    return {
+        f"{path}.{name}": (module, name)
+        for path, module in model.named_modules()
+        if isinstance(module, PositionTables)
+        for name in module.position_tables
+    }
 
 
-def _another_size(shape: torch.Size, want: torch.Size) -> bool:
-    return (
-        shape != want
-        and len(shape) == len(want) == 3
-        and shape[0] == want[0]
-        and all(side % 2 == 1 for side in (*shape[1:], *want[1:]))
-    )
+def _resize_tables(
+    fitted: dict[str, Tensor],
+    tables: Mapping[str, tuple[PositionTables, str]],
+    model: Backbone,
+    names: Sequence[str],
+) -> None:
+    """Bring ``tables`` in ``fitted`` to the model's sizes; ``names`` are the models whose file it is, if any's."""
+    known = [variant for name in names if (variant := catalog.get(name)) is not None]
+    sources = [variant for variant in known if isinstance(model, variant.family)]
+    # Swin's and HWT's keys differ in the size of tables alone
+    if known and not sources:
+        return
+    source = sources[0].skeleton() if sources else None
+    resized: Counter[str] = Counter()
+    for key, (module, name) in tables.items():
+        made_in: Any = source and source.get_submodule(key.rpartition(".")[0])
+        before = fitted[key]
+        try:
+            fitted[key] = module.fit_table(name, before, made_in)
+        except ValueError as error:
+            raise StateDictMismatch(f"{key}: {error}") from None
+        if fitted[key] is not before:
+            change = ("x".join(map(str, table.shape[-2:])) for table in (before, fitted[key]))
+            resized[" to ".join(change)] += 1
+    if resized:
+        sizes = ", ".join(f"{count} from {change}" for change, count in resized.items())
+        _logger.warning("resized relative position tables bicubically: %s", sizes)
 
 
 def convert_on_load(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import (
     GELU,
     BatchNormAct2d,
@@ -35,11 +36,13 @@ from torch import Tensor, nn
 
 from ..checkpoints import CheckpointMismatch, FlippedTable, Layout, Rule
 from ..ops import Grid, Window
+from .arguments import check_arguments, check_pool, check_stem_stride, stage_count
 from .backbone import Backbone, take_stages
-from .layers import Block, LocalAttention, Pair, Size, Stage, to_pair
+from .layers import Block, LocalAttention, Pair, Size, Stage, pad_end, to_pair
 from .registry import register
 
 HEAD_DIM = 32
+_WIDE_AS_MAP = ("avg", "max", "avgmax", "")  # the norm after pooling, before a hidden layer, has the width of the map
 
 
 class PartitionAttention(LocalAttention):
@@ -74,6 +77,8 @@ class LogMlpAttention(PartitionAttention):
     which training drops an eighth (timm's RelPosMlp in its mode ``cr``).
     """
 
+    position_tables = ()
+
     def __init__(self, dim: int, num_heads: int, partition: type[Window | Grid], size: Pair, **options: Any) -> None:
         super().__init__(dim, num_heads, partition, size, **options)
         del self.rel_pos_bias
@@ -81,9 +86,6 @@ class LogMlpAttention(PartitionAttention):
 
     def reset_parameters(self) -> None:
         """Nothing: the MLP's layers are modules of their own."""
-
-    def resize_table(self, reach: Pair) -> None:
-        """Nothing: there is no table to resize."""
 
     def position_bias(self, height: int, width: int) -> Tensor:
         """(heads, 2 * size_y - 1, 2 * size_x - 1), by key - query."""
@@ -136,6 +138,21 @@ class MaxViTStem(nn.Module):
         return self.conv2(self.norm(self.conv1(x))).permute(0, 2, 3, 1)
 
 
+class HalvingPool(nn.Module):
+    """2x2 means; at an odd side the last mean is over what there is: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
+
+    ``nn.AvgPool2d`` with ``ceil_mode`` and without ``count_include_pad``, but compiled as one graph for all sizes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the map."""
+        H, W = x.shape[2:]
+        padding = (0, W % 2, 0, H % 2)
+        padded = pad_end(x, padding)
+        means = F.avg_pool2d(padded, 2)
+        return means if padded is x else means / F.avg_pool2d(pad_end(x.new_ones(1, 1, H, W), padding), 2)
+
+
 class MBConv(nn.Module):
     """Inverted bottleneck with squeeze-excite and a norm in front (section 3.3), on channels-last maps.
 
@@ -154,7 +171,7 @@ class MBConv(nn.Module):
         super().__init__()
         hidden = make_divisible((out_dim if conv.of_output else dim) * expand_ratio)
         squeezed = int(conv.squeeze * (out_dim if conv.of_output else hidden))
-        self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
+        self.pool = HalvingPool() if stride == 2 else nn.Identity()
         self.expand = create_conv2d(dim, out_dim, 1, bias=conv.bias) if dim != out_dim else nn.Identity()
         self.pre_norm = conv.norm_act(dim, act=False)
         self.conv1 = create_conv2d(dim, hidden, 1)
@@ -285,11 +302,24 @@ class MaxViT(Backbone):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        if stem_stride not in (2, 4):
-            raise ValueError(f"stem_stride must be 2 or 4, got {stem_stride}")
+        stages = stage_count(depths)
+        check_stem_stride(stem_stride)
+        check_arguments(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            head_dim=head_dim,
+            mlp_ratio=mlp_ratio,
+            layer_scale=layer_scale,
+            expand_ratio=expand_ratio,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
         norm = partial(nn.LayerNorm, eps=self.norm_eps)
         width = to_pair("stem_width", stem_width)
-        dims = [embed_dim * 2**i for i in range(len(depths))]
+        dims = [embed_dim * 2**i for i in range(stages)]
         for dim in dims:
             if dim % head_dim:
                 raise ValueError(f"head_dim={head_dim} must divide the {dim} channels of its stage")
@@ -319,7 +349,7 @@ class MaxViT(Backbone):
 
         head = None
         if hidden_head:
-            _check_pool(global_pool)
+            check_pool(global_pool, _WIDE_AS_MAP)
             head = ClNormMlpClassifierHead(
                 dims[-1], num_classes, dims[-1], global_pool, drop_rate, norm_layer=norm, act_layer=nn.Tanh
             )
@@ -372,7 +402,7 @@ class MaxViT(Backbone):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier (and pooling, if given) in place; 0 classes for none. A hidden layer stays."""
         if global_pool is not None and isinstance(self.head, ClNormMlpClassifierHead):
-            _check_pool(global_pool)
+            check_pool(global_pool, _WIDE_AS_MAP)
         super().reset_classifier(num_classes, global_pool)
 
     def prune_intermediate_layers(
@@ -432,14 +462,6 @@ class MaxViTRW(MaxViT):
 def _partition(name: str, size: Size | None, img_size: Pair) -> Pair:
     """The given size, or the one that a nominal image size asks for."""
     return (max(img_size[0] // 32, 1), max(img_size[1] // 32, 1)) if size is None else to_pair(name, size)
-
-
-def _check_pool(global_pool: str) -> None:
-    """The norm after pooling has the width of the map."""
-    if global_pool not in ("", "avg", "max", "avgmax"):
-        raise ValueError(
-            f"global_pool={global_pool!r} does not go with the hidden layer of this head: use avg, max, avgmax or ''"
-        )
 
 
 _TINY = {"embed_dim": 64, "depths": (2, 2, 5, 2), "stem_width": 64, "drop_path_rate": 0.2}

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoints import Layout, Rule
 from ..ops import Neighborhood
+from .arguments import stage_count
 from .layers import ConvDownsample, ConvStem, LocalAttention, Pair, Size, per_stage, to_pair
 from .registry import register
 from .transformer import LocalTransformer
@@ -91,7 +92,7 @@ class NAT(LocalTransformer):
         depths: Sequence[int] = (3, 4, 6, 5),
         **options: Any,
     ) -> None:
-        kernels = _kernels(kernel_size, len(depths))
+        kernels = _kernels(kernel_size, stage_count(depths))
         table = _dilations(dilations, depths)
 
         def attention(stage: int, block: int, dim: int, num_heads: int, **drops: Any) -> NeighborhoodAttention:
@@ -129,8 +130,8 @@ def _dilations(dilations: Dilations | None, depths: Sequence[int]) -> list[list[
     """The dilation of every block of every stage."""
     if dilations is None:
         return [[(1, 1)] * depth for depth in depths]
-    if len(dilations) != len(depths):
-        raise ValueError(f"dilations has {len(dilations)} entries for {len(depths)} stages: give one for each stage")
+    if not isinstance(dilations, Sequence) or len(dilations) != len(depths):
+        raise ValueError(f"dilations must have one entry for each of the {len(depths)} stages, got {dilations!r}")
     table = []
     for i, (entry, depth) in enumerate(zip(dilations, depths, strict=True)):
         blocks: list[Size] = [entry] * depth if isinstance(entry, int) else list(entry)

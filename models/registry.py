@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
@@ -34,6 +34,9 @@ from .loading import (
 )
 
 _logger = logging.getLogger("nearfield.models")
+
+# as in timm, where no argument of a configuration can be left out
+_OWN_WHERE_NONE = ("img_size", "in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate")
 
 _ENTRYPOINTS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -177,17 +180,25 @@ def create_model(
             ``features_only``, ``out_indices``, ``feature_cls``, ``pretrained_cfg``, ``pretrained_cfg_overlay``,
             ``cache_dir``. ``num_classes`` and ``in_chans`` default to what the file has; another number of classes
             draws a new classifier, another number of channels adapts the first convolution, and each says so in the
-            log.
+            log. None is the value None where the family's argument may have it (``topk``, ``attention``,
+            ``layer_scale``, ...); for ``num_classes``, ``in_chans``, ``global_pool``, ``drop_rate``,
+            ``drop_path_rate`` and what is no argument of the family it is as if left out. ``timm.create_model`` leaves
+            out every None.
 
     Raises:
         ValueError: unknown name or tag, nothing published, an argument out of range.
         CheckpointError: the file cannot be had, or does not fit (then with its keys, shapes and the models that fit).
     """
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    if img_size is not None:
-        kwargs["img_size"] = img_size
     base, _, tag = name.partition(".")
     variant = catalog.get(base)
+    admits_none = {} if variant is None else _arguments(variant.family)
+    for key in [key for key, value in kwargs.items() if value is None]:
+        if key in _OWN_WHERE_NONE or key not in admits_none:
+            del kwargs[key]
+        elif not admits_none[key]:
+            raise ValueError(f"{base} takes no {key}=None: leave it out for the model's own")
+    if img_size is not None:
+        kwargs["img_size"] = img_size
     if variant is None:
         # timm's models have no arguments by task
         kwargs.pop("task", None)
@@ -227,12 +238,17 @@ def read_weights(source: str | Path, name: str, *, cache_dir: str | Path | None 
     return checkpoints.read(checkpoints.resolve(source, cache_dir=cache_dir))
 
 
-def _arguments(family: type[Backbone]) -> set[str]:
-    """Names of the constructor arguments of a family, and of its bases where it hands them what it does not know."""
-    names: set[str] = set()
+def _arguments(family: type[Backbone]) -> dict[str, bool]:
+    """The constructor arguments of a family, and of its bases where it hands them what it does not know.
+
+    By name, with whether None is among the values that the argument may have.
+    """
+    names: dict[str, bool] = {}
     for base in family.__mro__:
-        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-        names |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        parameters = inspect.signature(base.__init__, eval_str=True).parameters.values()  # type: ignore[misc]
+        for p in parameters:
+            if p.kind is p.KEYWORD_ONLY:
+                names.setdefault(p.name, type(None) in get_args(p.annotation))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return names

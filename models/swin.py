@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..checkpoints import FlippedTable, Layout, Rule
 from ..ops import Window
-from .layers import LocalAttention, Pair, PatchMerging, PatchStem, Size, per_stage, to_pair
+from .arguments import check_arguments, stage_count
+from .layers import LocalAttention, Pair, PatchMerging, PatchStem, Size, map_sizes, per_stage, to_pair
 from .registry import register
 from .transformer import LocalTransformer
 
@@ -29,13 +30,19 @@ def shifted_windows(window_size: Pair, shifted: bool) -> dict[tuple[bool, bool],
     return {(tall, wide): Window(window_size, (y * tall, x * wide)) for tall in (False, True) for wide in (False, True)}
 
 
-def shifted_axes(tall: bool, wide: bool, *, exact: bool) -> tuple[bool, bool]:
-    """Which axes of a map are shifted, from which are longer than one window.
+def shifted_axes(height: int, width: int, window_size: Pair) -> tuple[bool, bool]:
+    """Which axes of a map are shifted: those that are longer than one window.
 
-    exact: the map is a multiple of the window. The classifier, which is defined on those alone, shifts both axes or
-    none; the detection code, which pads the others, each for itself.
+    Where that is one of the two, it is shifted unless the map is a multiple of the window. The classifier, which is
+    defined on those maps alone, shifts both axes or none; the detection code, which pads the others, each for itself.
     """
-    return (tall and wide, tall and wide) if exact else (tall, wide)
+    y, x = window_size
+    # a graph that is compiled for any size is another one for each answer: no more is asked than is needed
+    if height > y and width > x:
+        return True, True
+    if (height <= y and width <= x) or (height % y == 0 and width % x == 0):
+        return False, False
+    return (True, False) if height > y else (False, True)
 
 
 class WindowAttention(LocalAttention):
@@ -70,9 +77,7 @@ class WindowAttention(LocalAttention):
 
     def pattern(self, height: int, width: int) -> Window:
         """Windows of a map, shifted or not."""
-        y, x = self.padded(height, width)
-        exact = (y, x) == (height, width)
-        return self.windows[shifted_axes(y > self.window_size[0], x > self.window_size[1], exact=exact)]
+        return self.windows[shifted_axes(height, width, self.window_size)]
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ class Swin(LocalTransformer):
         stem_stride: int = 4,
         **options: Any,
     ) -> None:
-        windows = per_stage("window_size", window_size, len(depths))
+        windows = per_stage("window_size", window_size, stage_count(depths))
         fitted = fitted_windows(windows, to_pair("img_size", img_size), stem_stride)
 
         def attention(stage: int, block: int, dim: int, num_heads: int, **drops: Any) -> WindowAttention:
@@ -203,8 +208,8 @@ class Swin(LocalTransformer):
 def fitted_windows(windows: Sequence[Size], img_size: Pair, stem_stride: int) -> list[Pair]:
     """The window of each stage: no larger than its map at ``img_size``."""
     fitted = []
-    for i, window in enumerate(windows):
-        height, width = (-(-size // (stem_stride * 2**i)) for size in img_size)
+    check_arguments(stem_stride=stem_stride)
+    for window, (height, width) in zip(windows, map_sizes(img_size, stem_stride, len(windows)), strict=True):
         if isinstance(window, int):
             height = width = min(height, width)
         y, x = to_pair("window_size", window)

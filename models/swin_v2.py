@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from ..checkpoints import Layout, Rule
 from ..ops import Window, local_attention
+from .arguments import check_heads, stage_count
 from .derived import Derived
 from .layers import Block, NormLayer, Pair, PatchMerging, PatchStem, Size, per_stage, to_pair
 from .registry import register
@@ -58,8 +59,7 @@ class CosineWindowAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} must divide the {dim} channels of its stage")
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.shifted = shifted
         self.attn_drop = attn_drop
@@ -94,9 +94,7 @@ class CosineWindowAttention(nn.Module):
 
     def pattern(self, height: int, width: int) -> Window:
         """Windows of a map of any size."""
-        (y, x), (window_y, window_x) = (height, width), self.window_size
-        exact = y % window_y == 0 and x % window_x == 0
-        return self.windows[shifted_axes(y > window_y, x > window_x, exact=exact)]
+        return self.windows[shifted_axes(height, width, self.window_size)]
 
     def bias_table(self) -> Tensor:
         """The table (heads, 2*wy-1, 2*wx-1) of key - query, float32 or wider; differentiable.
@@ -250,9 +248,10 @@ class SwinV2(LocalTransformer):
         stem_stride: int = 4,
         **options: Any,
     ) -> None:
-        windows = per_stage("window_size", window_size, len(depths))
+        stages = stage_count(depths)
+        windows = per_stage("window_size", window_size, stages)
         fitted = fitted_windows(windows, to_pair("img_size", img_size), stem_stride)
-        pretrained = _pretrained_windows(pretrained_window_sizes, len(depths))
+        pretrained = _pretrained_windows(pretrained_window_sizes, stages)
 
         def attention(stage: int, block: int, dim: int, num_heads: int, **drops: Any) -> CosineWindowAttention:
             return CosineWindowAttention(

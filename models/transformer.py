@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 from timm.layers import calculate_drop_path_rates, get_norm_layer
 from torch import nn
 
+from .arguments import by_name, check_arguments, stage_count
 from .backbone import Backbone
 from .layers import Block, Size, Stage, per_stage
 
@@ -58,10 +59,24 @@ class LocalTransformer(Backbone):
         drop_path_rate: float = 0.0,
         norm_layer: str | Callable[..., nn.Module] = nn.LayerNorm,
     ) -> None:
-        norm = get_norm_layer(norm_layer)
-        dims = [embed_dim * 2**i for i in range(len(depths))]
-        heads = per_stage("num_heads", num_heads, len(depths))
-        ratios = per_stage("mlp_ratio", mlp_ratio, len(depths))
+        count = stage_count(depths)
+        check_arguments(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            layer_scale=layer_scale,
+            stem_stride=stem_stride,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        norm = by_name("norm_layer", norm_layer, get_norm_layer)
+        dims = [embed_dim * 2**i for i in range(count)]
+        heads = per_stage("num_heads", num_heads, count, pairs=False)
+        ratios = per_stage("mlp_ratio", mlp_ratio, count, pairs=False)
         rates = cast("list[list[float]]", calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         options: dict[str, Any] = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         stages = [

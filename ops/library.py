@@ -187,12 +187,12 @@ torch.library.register_autograd("nearfield::local_attention_backward", _no_secon
 # --- routing --------------------------------------------------------------------------------------------------------
 
 _LIBRARY.define(
-    "routing_attention(Tensor q, Tensor? k, Tensor? v, Tensor routes, Tensor? seed, int[] region_size, bool zero_pad, "
-    "float scale, float dropout_p, str backend) -> (Tensor, Tensor)"
+    "routing_attention(Tensor q, Tensor? k, Tensor? v, Tensor routes, Tensor? seed, SymInt[] region_size, "
+    "bool zero_pad, float scale, float dropout_p, str backend) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "routing_attention_backward(Tensor grad, Tensor q, Tensor? k, Tensor? v, Tensor routes, Tensor? seed, Tensor out, "
-    "Tensor lse, int[] region_size, bool zero_pad, float scale, float dropout_p, str backend) "
+    "Tensor lse, SymInt[] region_size, bool zero_pad, float scale, float dropout_p, str backend) "
     "-> (Tensor, Tensor, Tensor)"
 )
 

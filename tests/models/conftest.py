@@ -32,6 +32,9 @@ def _small_kwargs(name: str) -> dict[str, Any]:
         small |= {"embed_dim": 32, "stem_width": 16, "depths": (1, 2, 1, 1)[: len(depths)], "img_size": 96}
         del small["num_heads"]
     kwargs |= {key: value for key, value in small.items() if key in registry._arguments(variant.family)}
+    if "attention" in kwargs:
+        stages = zip(kwargs["attention"], depths, strict=True)
+        kwargs["attention"] = tuple(tuple(j for j in stage if j < depth) for stage, depth in stages)
     if "dilations" in kwargs:
         kwargs["dilations"] = tuple(stage[:depth] for stage, depth in zip(kwargs["dilations"], depths, strict=True))
     return kwargs

@@ -320,6 +320,17 @@ def test_exports(small: Small) -> None:
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", NANO)
+def test_traces_for_any_batch_of_one_size(name: str) -> None:
+    model = randomise(nearfield.create_model(name, num_classes=10)).eval()
+    with torch.inference_mode():
+        traced = torch.jit.trace(model, image(40, 52), check_trace=False)
+        for batch in (1, 3):
+            x = image(40, 52, batch=batch)
+            torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", NANO)
 def test_trains_under_autocast(name: str) -> None:
     model = nearfield.create_model(name, num_classes=10)

@@ -275,3 +275,49 @@ def test_a_file_whose_tables_are_those_of_another_family_is_not_resized(theirs: 
     checkpoints.save(state, tmp_path / "file.safetensors")
     with pytest.raises(checkpoints.CheckpointError, match=f"it fits {theirs}"):
         nearfield.create_model(ours, checkpoint_path=tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize("route", ["create_model", "load_state_dict", "set_input_size"])
+def test_tables_of_other_blocks_and_halos_are_resized_alike_on_every_way_in(
+    route: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"block_size": (4, 6), "halo_size": (2, 1)}
+    model = randomise(nearfield.create_model("halonet_nano", num_classes=10))
+    before = model.stages[1].blocks[0].attn.rel_pos_bias_y.detach().clone()
+    if route == "create_model":
+        checkpoints.save(model.state_dict(), tmp_path / "file.safetensors")
+        with caplog.at_level(logging.WARNING, "nearfield.models"):
+            other = nearfield.create_model("halonet_nano", checkpoint_path=tmp_path / "file.safetensors", **sizes)
+        assert "2 from 9x16 to 11x16, 2 from 9x16 to 13x16, " in caplog.text
+    elif route == "load_state_dict":
+        other = nearfield.create_model("halonet_nano", num_classes=10, **sizes)
+        other.load_state_dict(model.state_dict())
+    else:
+        other = model
+        other.set_input_size(**sizes)
+    attn = other.stages[1].blocks[0].attn
+    expected = nearfield.ops.resize_table(before.T[..., None], (11, 1))[..., 0].T
+    assert torch.equal(attn.rel_pos_bias_y, expected)
+    # displacement 0 and the largest ones stay
+    torch.testing.assert_close(attn.rel_pos_bias_y[[0, 5, 10]], before[[0, 4, 8]])
+    assert attn.rel_pos_bias_x.shape == (13, 16)
+    assert other.eval()(torch.randn(1, 3, 40, 40)).isfinite().all()
+
+
+def test_spare_rows_are_those_of_the_model_whose_file_it_is() -> None:
+    model = randomise(nearfield.create_model("halonet_26t", num_classes=2))
+    other = nearfield.create_model("halonet_26t", num_classes=2, block_size=10)
+    other.load_state_dict(export_state_dict(model, "timm"))
+    model.set_input_size(block_size=10)
+    assert same(model, other)
+
+
+def test_spare_rows_that_nothing_tells_are_not_guessed(small: Small) -> None:
+    # 4 * halo + 2 * block - 1 rows: 27 are a block of 8 with a halo of 3, or of 10 with one of 2
+    state = small("halonet_50ts").state_dict()
+    assert state["stages.3.blocks.1.attn.rel_pos_bias_y"].shape[0] == 27
+    with pytest.raises(
+        checkpoints.CheckpointMismatch, match=r"rel_pos_bias_y: .*27 rows.* 31.*set_input_size"
+    ) as caught:
+        small("halonet_50ts", block_size=10).load_state_dict(state)
+    assert "\n" not in str(caught.value)

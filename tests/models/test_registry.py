@@ -12,6 +12,7 @@ import torch
 from nearfield.models import catalog, registry
 from nearfield.models.nat import NAT
 from nearfield.models.swin import Swin
+from torch import nn
 
 NAMES = set(
     """
@@ -64,8 +65,11 @@ def test_timm_has_none_of_the_names_itself() -> None:
 @pytest.mark.parametrize("name", nearfield.list_models(pretrained=True))
 def test_every_tag_is_made_here_and_by_timm(name: str) -> None:
     kwargs = {"depths": (1, 1, 1, 1)}
-    if "dilations" in catalog.get(name.partition(".")[0]).kwargs:
+    registered = catalog.get(name.partition(".")[0]).kwargs
+    if "dilations" in registered:
         kwargs["dilations"] = (1, 1, 1, 1)
+    if "attention" in registered:
+        kwargs["attention"] = ((), (), (), (0,))
     for create in (nearfield.create_model, timm.create_model):
         with torch.device("meta"):
             model = create(name, **kwargs)
@@ -175,3 +179,43 @@ def test_sizes_that_a_family_does_not_take_are_named_beside_those_that_it_does()
     for name, known in (("biformer_nano", "img_size, regions"), ("hnt_nano", "img_size, kernel_size")):
         with pytest.raises(ValueError, match=rf"\.set_input_size takes {known}, got window_sizes$"):
             nearfield.create_model(name).set_input_size(64, window_sizes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "made"),
+    [
+        ("nat_small", "layer_scale", lambda model: isinstance(model.stages[0].blocks[0].ls1, nn.Identity)),
+        ("biformer_nano", "topk", lambda model: model.topk == [None, None, None]),
+        ("halonet_nano", "attention", lambda model: hasattr(model.stages[0].blocks[0], "attn")),
+        ("halonet_nano", "num_features", lambda model: isinstance(model.norm, nn.Identity)),
+        ("eca_halonext_26ts", "head_dim", lambda model: model.stages[3].blocks[0].attn.head_dims == (64, 64)),
+        ("eca_halonext_26ts", "gate", lambda model: not hasattr(model.stages[0].blocks[0], "gate")),
+        ("maxvit_nano", "window_size", lambda model: model.stages[0].blocks[0].window.attn.size == (1, 1)),
+        ("dinat_nano", "dilations", lambda model: model.stages[0].blocks[1].attn.dilation == (1, 1)),
+        ("swinv2_base_window16_22k", "pretrained_window_sizes", lambda model: not any(model.pretrained_window_sizes)),
+    ],
+)
+def test_none_is_a_value_where_the_argument_may_be_none(name: str, argument: str, made: Any) -> None:
+    with torch.device("meta"):
+        assert not made(nearfield.create_model(name))
+        assert made(nearfield.create_model(name, **{argument: None}))
+
+
+@pytest.mark.parametrize(
+    "argument", ["img_size", "in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate", "cache_dir"]
+)
+def test_none_is_as_if_left_out_where_timm_has_it_so(argument: str) -> None:
+    with torch.device("meta"):
+        model = nearfield.create_model("swin_base.ms_in22k", **{argument: None})
+    assert (model.img_size, model.in_chans, model.num_classes) == ((224, 224), 3, 21841)
+    assert model.global_pool == "avg"
+    assert model.stages[0].blocks[1].drop_path1.drop_prob > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("nat_nano", "depths"), ("swin_nano", "window_size"), ("halonet_nano", "block_size"), ("hnt_nano", "mlp_ratio")],
+)
+def test_none_is_one_line_where_the_argument_may_not_be_none(name: str, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} takes no {argument}=None: leave it out for the model's own$"):
+        nearfield.create_model(name, **{argument: None})
