@@ -118,7 +118,7 @@ def test_captions_are_below_the_image_and_as_long_as_the_share() -> None:
     bars = (below == (178, 211, 245)).all(-1)
     ends = [int(np.flatnonzero(row).max()) for row in bars if row.any()]  # of rows where no letter is over it
     assert (ends[0], ends[-1]) == (375, 125)
-    assert (below[:, -5:] == 255).all()  # the long name is made smaller
+    assert (below[:, -5:] == 255).all()  # the long name is cut
 
 
 def test_the_legend_names_the_classes_that_are_there() -> None:
