@@ -29,7 +29,6 @@ from nearfield.models.loading import CLASSIFIER, OURS, layouts_that_fit, publish
 from torch import Tensor
 
 State = Mapping[str, Tensor]
-TOP = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,7 +225,8 @@ def _bits(tensor: Tensor) -> Tensor:
 @torch.inference_mode()
 def verify(options: argparse.Namespace) -> dict[str, Any]:
     """Load a file into a model as strictly as ever, run a picture through it, and print the likeliest classes."""
-    from _checkpoint_pictures import as_input, names_of_classes  # pillow and timm.data, only for those who look
+    from _checkpoint_pictures import as_input  # pillow and timm.data, only for those who look
+    from _classify import describe, likeliest, names_of_classes
 
     file = _File(options.file, ema=options.ema)
     variant = file.variant(options.model)
@@ -248,11 +248,8 @@ def verify(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{file.path}: the output of {variant.name} is not finite: the file holds broken weights")
     top: list[dict[str, Any]] = []
     if model.num_classes:
-        names = names_of_classes(options.names, len(out))
-        shares, classes = out.softmax(-1).topk(min(TOP, len(out)))
-        for share, number in zip(shares.tolist(), classes.tolist(), strict=True):
-            top.append({"class": number, "name": names[number] if names else None, "p": share})
-            print(f"  {share:7.2%}  {number}{f'  {names[number]}' if names else ''}")
+        top = likeliest(out, names_of_classes(options.names, len(out)))
+        print("".join(f"  {line}\n" for line in describe(top)), end="")
     else:
         print(f"  no classifier in the file: {len(out)} features, mean {out.mean():.4f}, std {out.std():.4f}")
     return {

@@ -168,8 +168,8 @@ def draw_caption(image: Tensor, shares: Mapping[str, float]) -> Image.Image:
     pen, y = ImageDraw.Draw(picture), base.height + size // 4
     for name, share in shares.items():
         pen.rectangle((0, y + 1, share * base.width, y + row - 2), fill=(178, 211, 245))
-        text = f"{share:.1%}  {name}"
-        pen.text((size // 2, y + row / 2), text, fill=_INK, font=_shrunk(text, font, base.width - size), anchor="lm")
+        text, letters = _fitted(f"{share:.1%}  {name}", font, base.width - size)
+        pen.text((size // 2, y + row / 2), text, fill=_INK, font=letters, anchor="lm")
         y += row
     return picture
 
@@ -188,7 +188,8 @@ def sheet(
     )
     pen, font, x = ImageDraw.Draw(out), _font(size), gap
     for c, title in enumerate(titles):
-        pen.text((x + widths[c] / 2, head / 2), title, fill=_INK, font=_shrunk(title, font, widths[c]), anchor="mm")
+        text, letters = _fitted(title, font, widths[c])
+        pen.text((x + widths[c] / 2, head / 2), text, fill=_INK, font=letters, anchor="mm")
         y = head
         for row, height in zip(rows, heights, strict=True):
             out.paste(row[c], (x + (widths[c] - row[c].width) // 2, y + (height - row[c].height) // 2))
@@ -274,7 +275,7 @@ def map_legend(maps: Sequence[Tensor], class_names: Sequence[str], width: int, *
 def write_picture(path: Path, picture: Image.Image) -> Path:
     """Save a picture whole or not at all; the suffix says the format."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
-    picture.save(part)
+    picture.save(part, compress_level=1)  # of png: photographs shrink little more and take several times as long
     os.replace(part, path)
     return path
 
@@ -340,8 +341,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
-def _shrunk(text: str, font: ImageFont.FreeTypeFont, width: int) -> ImageFont.FreeTypeFont:
-    return font.font_variant(size=max(8, min(font.size, font.size * width / max(1, font.getlength(text)))))
+def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Text and font for a line of `width` pixels: smaller letters, and where those would be too small, fewer."""
+    font = font.font_variant(size=max(10, min(font.size, font.size * width / max(1, font.getlength(text)))))
+    short = text
+    while short and font.getlength(short) > width:
+        text = text[:-1]
+        short = f"{text.rstrip()}\N{HORIZONTAL ELLIPSIS}" if text else ""
+    return short, font
 
 
 def _ordered(box: Box) -> Box:
