@@ -33,15 +33,20 @@ def _one_of_each_family() -> list[str]:
 every_family = pytest.mark.parametrize("name", _one_of_each_family())
 
 
-@pytest.fixture
-def model(name: str, small: Small) -> nn.Module:
+def made(name: str, small: Small) -> nn.Module:
     """A model of the name whose every part matters, in evaluation mode."""
-    made = nearfield.create_model(name, num_classes=10) if name.endswith("_nano") else small(name)
+    model = nearfield.create_model(name, num_classes=10) if name.endswith("_nano") else small(name)
     torch.manual_seed(0)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    return made.eval()
+    return model.eval()
+
+
+@pytest.fixture
+def model(name: str, small: Small) -> nn.Module:
+    """As ``made``."""
+    return made(name, small)
 
 
 def images(batch: int) -> Tensor:
@@ -109,10 +114,24 @@ def test_the_plain_backend_exports_without_a_custom_op(model: nn.Module) -> None
     assert_runs_any_batch(program.module(), model, 1e-5)
 
 
+class Families(nn.Module):
+    """All of them side by side: one compile, most of which costs the same for one as for ten."""
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(model(x) for model in self.models)
+
+
 @pytest.mark.slow
-@every_family
-def test_aot_inductor_runs_any_batch(model: nn.Module, tmp_path: Path) -> None:
+def test_aot_inductor_runs_any_batch_of_every_family(small: Small, tmp_path: Path) -> None:
+    names = _one_of_each_family()
+    model = Families([made(name, small) for name in names]).eval()
     with torch.no_grad():
         program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    assert_runs_any_batch(torch._inductor.aoti_load_package(package), model, 1e-5)
+    run = torch._inductor.aoti_load_package(package)
+    for index, one in enumerate(model.models):
+        assert_runs_any_batch(lambda x, index=index: run(x)[index], one, 1e-5)
