@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.layers import Format
 from timm.models import group_parameters
@@ -157,7 +156,7 @@ def _timm_features(
         # timm would load a file into the extractor, whose names differ
         pretrained, options["pretrained_cfg_overlay"] = True, {"file": str(checkpoint_path)}
     with torch.device("meta"):
-        whole: Any = timm.create_model(name)
+        whole: Any = create_model(name)
     if out_indices is None:
         last = {info["reduction"]: i for i, info in enumerate(whole.feature_info) if info["reduction"] >= 4}
         out_indices = sorted(last.values())

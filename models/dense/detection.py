@@ -18,7 +18,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from .backbone import DenseBackbone
 from .cascade import CascadeHeads
 from .geometry import Anchors, RegionPool, Resize
-from .heads import CELLS, in_full_precision, proposal_network, region_heads
+from .heads import CELLS, fcos_head, in_full_precision, proposal_network, region_heads
 from .published import CASCADE, MASK_RCNN, LoadsPublishedDense, load_dense, read_dense
 from .pyramid import Pyramid
 
@@ -198,7 +198,7 @@ def create_detector(
         backbone: name of a model of this package or of timm.
         head: one of those.
         num_classes: classes, without background.
-        channels: of the pyramid; a multiple of 32 for ``fcos``, which has group norms.
+        channels: of the pyramid and of the heads on it.
         min_size, max_size: in evaluation the shorter side of an image becomes ``min_size``, or less where the longer
             one would exceed ``max_size``.
         image_mean, image_std: of each channel, for images in [0, 1]; default those that the backbone was trained with.
@@ -239,8 +239,6 @@ def create_detector(
     box_loss = box_loss or ("giou" if cascade else "smooth_l1")
     if box_loss not in BOX_LOSSES or (box_loss == "giou" and not cascade):
         raise ValueError(f"box_loss={box_loss!r} must be {' or '.join(BOX_LOSSES)}, the second for cascades alone")
-    if head == "fcos" and channels % 32:
-        raise ValueError(f"channels={channels} must be a multiple of 32 for fcos")
     if mask_size % 2:
         raise ValueError(f"mask_size={mask_size} must be even: the last layer doubles it")
 
@@ -271,6 +269,7 @@ def create_detector(
             pyramid,
             num_classes,
             anchor_generator=anchors,
+            head=fcos_head(channels, num_classes) if head == "fcos" else None,
             score_thresh=score_threshold,
             nms_thresh=nms_threshold or (0.5 if head == "retinanet" else 0.6),
             detections_per_img=detections,

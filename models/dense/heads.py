@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -114,6 +117,21 @@ def region_heads(
     )
     in_full_precision(heads.box_predictor)
     return heads
+
+
+def fcos_head(channels: int, num_classes: int) -> FCOSHead:
+    """torchvision's FCOS head with 32 groups in its norms, or fewer where they would not divide the channels.
+
+    A group has two channels at least: maps can be of one point.
+    """
+    groups = math.gcd(channels, 32)
+    if groups == channels:
+        groups //= 2
+    norm = partial(nn.GroupNorm, max(groups, 1))
+    head = FCOSHead(32, 1, num_classes)
+    head.classification_head = FCOSClassificationHead(channels, 1, num_classes, norm_layer=norm)
+    head.regression_head = FCOSRegressionHead(channels, 1, norm_layer=norm)
+    return head
 
 
 def in_full_precision(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ def test_import_pulls_in_nothing_heavy_that_timm_does_not_and_leaves_cuda_alone(
         f"import sys, timm, torch; before = [m for m in {heavy} if m in sys.modules]\n"
         f"import nearfield; assert [m for m in {heavy} if m in sys.modules] == before, before\n"
         "assert not torch.cuda.is_initialized()\n"
+        "assert 'nearfield.models.dense' not in sys.modules\n"
         "assert not {'ops', 'models', 'checkpoints', 'engine'} & set(sys.modules)"
     )
 
