@@ -205,8 +205,8 @@ def create_detector(
         anchor_sizes: square roots of the anchors' areas in pixels, one entry (or a sequence of several) for each map of
             the pyramid, default 8 strides, or for ``retinanet`` 4, 5.04 and 6.35. ``fcos`` has none.
         aspect_ratios: of the anchors, height / width.
-        proposals: R-CNNs: boxes that the proposal network hands on for an image, out of the best 2000 (in evaluation
-            1000) of each map.
+        proposals: R-CNNs: boxes that the proposal network hands on for an image, out of the best of each map: so many,
+            in training twice as many.
         samples: R-CNNs: proposals of an image on which the box heads are trained, at most a quarter of them true.
         box_convs: R-CNNs: convolutions with batch norm before the box heads' linear layers; with none there are two
             linear layers, else one. Default 0, or 4 in cascades.
@@ -217,7 +217,8 @@ def create_detector(
         mask_threshold: as in ``Detector``.
         sampling_ratio: R-CNNs: samples a side in each cell when regions are pooled; 0 for as many as it has pixels.
         stage_ious, stage_box_weights, stage_loss_weights: cascades, one entry for each stage: overlap from which a
-            proposal is an object, scales of the box deltas, weight of the losses.
+            proposal is an object, scales of the box deltas, weight of the losses. Files of mmdetection 2 have 1 / 0.033
+            and 1 / 0.067 where the paper, and the default, has 30 and 15.
         score_threshold, nms_threshold, detections: results have at least this score, overlap others of their class by
             at most this IoU (default 0.5, ``fcos`` 0.6), and are at most so many.
         out_indices: stages whose maps are taken; default all, or for ``retinanet`` and ``fcos`` all but the first of
@@ -237,6 +238,8 @@ def create_detector(
         raise ValueError(f"num_classes={num_classes} must be at least 1 (background is not counted)")
     cascade, dense = head.startswith("cascade"), head in ("retinanet", "fcos")
     box_loss = box_loss or ("giou" if cascade else "smooth_l1")
+    if nms_threshold is None:
+        nms_threshold = 0.6 if head == "fcos" else 0.5
     if box_loss not in BOX_LOSSES or (box_loss == "giou" and not cascade):
         raise ValueError(f"box_loss={box_loss!r} must be {' or '.join(BOX_LOSSES)}, the second for cascades alone")
     if mask_size % 2:
@@ -271,7 +274,7 @@ def create_detector(
             anchor_generator=anchors,
             head=fcos_head(channels, num_classes) if head == "fcos" else None,
             score_thresh=score_threshold,
-            nms_thresh=nms_threshold or (0.5 if head == "retinanet" else 0.6),
+            nms_thresh=nms_threshold,
             detections_per_img=detections,
         )
         one_stage.transform = transform
@@ -288,7 +291,7 @@ def create_detector(
         features=box_features,
         class_agnostic=class_agnostic,
         score_threshold=score_threshold,
-        nms_threshold=nms_threshold or 0.5,
+        nms_threshold=nms_threshold,
         detections=detections,
         mask_pool=RegionPool(body.strides, mask_size // 2, sampling_ratio) if "mask" in head else None,
         mask_convs=mask_convs,

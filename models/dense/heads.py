@@ -45,7 +45,7 @@ def proposal_network(channels: int, anchors: Anchors, proposals: int) -> RegionP
     Args:
         channels: of the maps.
         anchors: what it starts from.
-        proposals: boxes that it hands on for an image, out of the best 2000 (in evaluation 1000) of each map.
+        proposals: boxes that it hands on for an image, out of the best of each map: so many, in training twice as many.
     """
     head = RPNHead(channels, anchors.num_anchors_per_location()[0])
     in_full_precision(head)
@@ -56,7 +56,7 @@ def proposal_network(channels: int, anchors: Anchors, proposals: int) -> RegionP
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
         positive_fraction=0.5,
-        pre_nms_top_n={"training": 2000, "testing": 1000},
+        pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
         post_nms_top_n={"training": proposals, "testing": proposals},
         nms_thresh=0.7,
     )

@@ -159,6 +159,13 @@ def test_a_task_changes_nothing_else_and_an_argument_wins_over_it() -> None:
         nearfield.create_model("nat_nano", task="pose")
 
 
+def test_a_saved_model_remembers_its_task(tmp_path: Path) -> None:
+    small = {"embed_dim": 8, "num_heads": 1, "num_classes": 2, "task": "detection"}
+    model = nearfield.create_model("dinat_s_tiny", **small)
+    nearfield.save_pretrained(model, tmp_path)
+    assert dilations(nearfield.from_pretrained(tmp_path)) == PUBLISHED["dinat_s_tiny", "detection"]
+
+
 @pytest.mark.parametrize("name", ["nat_nano", "test_resnet"])
 def test_the_file_of_a_classifier_is_taken(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     classifier: Any = nearfield.create_model(name, num_classes=5).eval()

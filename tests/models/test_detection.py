@@ -15,6 +15,7 @@ from nearfield.models.dense.geometry import Anchors, RegionPool, Resize
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -96,6 +97,17 @@ def test_images_without_objects_and_images_of_a_pixel_train(head: str) -> None:
         assert loss.isfinite()
         # as DistributedDataParallel wants it, whatever a process draws
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_proposal_network_has_the_published_settings() -> None:
+    # rpn_proposal and rpn of detection/configs/_base_/models/mask_rcnn_nat.py
+    rpn = create_detector("nat_nano", "faster_rcnn", num_classes=3, channels=32, box_features=8).model.rpn
+    counts = []
+    for mode in (True, False):
+        rpn.train(mode)
+        counts.append((rpn.pre_nms_top_n(), rpn.post_nms_top_n()))
+    assert counts == [(2000, 1000), (1000, 1000)]
+    assert rpn.anchor_generator.sizes == ((16,), (32,), (64,), (128,))
 
 
 def test_group_norms_are_the_published_ones_and_fit_any_number_of_channels() -> None:
@@ -381,6 +393,21 @@ def test_parameter_counts_are_the_published_ones(backbone: str, head: str, milli
     with torch.device("meta"):
         model = create_detector(backbone, head, num_classes=80)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    ("backbone", "head", "giga"),
+    # same files; an image of 800 x 1280, 1000 regions of which 100 have masks, as mmdetection 2 counts
+    [("nat_mini", "cascade_mask_rcnn", 704), ("nat_tiny", "mask_rcnn", 258), ("swin_tiny", "mask_rcnn", 267)],
+)
+def test_multiplications_are_the_published_ones(backbone: str, head: str, giga: int) -> None:
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = create_detector(backbone, head, num_classes=80).eval().model
+        model.rpn.head(list(model.backbone(torch.empty(1, 3, 800, 1280)).values()))
+        for stage in getattr(model.roi_heads, "stages", [model.roi_heads]):
+            stage.box_predictor(stage.box_head(torch.empty(1000, 256, 7, 7)))
+            stage.mask_predictor(stage.mask_head(torch.empty(100, 256, 14, 14)))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(giga, rel=0.01)
 
 
 @pytest.mark.parametrize("head", HEADS)
