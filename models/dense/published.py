@@ -8,9 +8,9 @@ heads, the ``DenseBackbone`` its norms, the backbone the rest. mmdet 2 and 3, an
 A segmentor of such a file computes what mmseg computes, and a Mask R-CNN or a cascade finds what mmdet finds, with the
 same scores and boxes (tests/golden/dense): anchors, their order, the pooling of regions and the scales of boxes are
 mmdet's, see ``geometry``. Four things differ. Windows of Swin are not shifted along an axis on which a map is a single
-window (sides of up to 224 pixels with windows of 7), where mmdet shifts all. Masks are pasted into the image by torchvision, which rounds boxes to
-pixels; boxes that shrink to less than 1/62 of their anchor are not kept at that (mmdet's ``wh_ratio_clip``); and images
-are scaled by PyTorch, not by OpenCV.
+window (sides of up to 224 pixels with windows of 7), where mmdet shifts all. Masks are pasted into the image by
+torchvision, which rounds boxes to pixels. Boxes that shrink to less than 1/62 of their anchor are not kept at that
+(mmdet's ``wh_ratio_clip``). Images are scaled by PyTorch, not by OpenCV.
 """
 
 from __future__ import annotations
