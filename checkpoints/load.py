@@ -14,6 +14,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ _SUFFIXES = (".pth", ".pt", ".th", ".bin", ".ckpt", ".tar", ".safetensors")
 _EXPECTED = "a checkpoint is a file of torch.save (.pth, .pt, .bin, .ckpt) or safetensors"
 _DAMAGED = "is damaged or incomplete: fetch or write it again"
 _CHUNK = 1 << 20
+# what trainers keep beside the weights: best scores (mmcv), palettes, mmengine's record of losses
+_DROPPED = (
+    "builtins.getattr",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
 
 
 def read(path: str | os.PathLike[str], *, ema: bool = False, backbone: bool = True) -> dict[str, Tensor]:
@@ -112,7 +121,8 @@ def _check_archive(path: Path) -> None:
 def _read_torch(path: Path) -> object:
     try:
         # timm and BiFormer keep their command line in the file
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        known: list[Any] = [argparse.Namespace, *((_Dropped, name) for name in _DROPPED)]
+        with torch.serialization.safe_globals(known):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
@@ -126,6 +136,16 @@ def _read_torch(path: Path) -> object:
         raise CheckpointError(f"{path} {_DAMAGED} (its pickle stream is broken)") from None
     except Exception as error:  # torch.load raises nearly anything on broken input
         raise CheckpointError(f"{path} {_DAMAGED} ({_line(error)})") from None
+
+
+class _Dropped:
+    """Stands for an object that is not restored; only tensors are wanted of a file."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

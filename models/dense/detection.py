@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from .backbone import DenseBackbone
 from .cascade import CascadeHeads
 from .geometry import Anchors, RegionPool, Resize
 from .heads import CELLS, fcos_head, in_full_precision, proposal_network, region_heads
+from .published import CASCADE, MASK_RCNN, LoadsPublishedDense, load_dense, read_dense
 from .pyramid import Pyramid
 
 HEADS = ("mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "cascade_rcnn", "retinanet", "fcos")
@@ -25,8 +27,14 @@ BOX_LOSSES = ("smooth_l1", "giou")
 BOX_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 
 
-class Detector(nn.Module):
+_BODY = "model.backbone.body."
+
+
+class Detector(LoadsPublishedDense):
     """A detector of torchvision's interface with labels 0 to num_classes - 1; made by ``create_detector``.
+
+    ``load_state_dict`` takes this package's own keys and those of mmdet's Mask R-CNN and Cascade R-CNN (see
+    ``published``).
 
     Args:
         model: takes normalised targets and a list of images, as torchvision's detectors do.
@@ -37,6 +45,14 @@ class Detector(nn.Module):
     Attributes:
         has_masks: whether it segments instances, and its targets need ``masks``.
     """
+
+    layouts = (MASK_RCNN, CASCADE)
+    body = _BODY
+    optional = {"the mask head": re.compile(r".*\.mask_(head|predictor)\.")}
+    classifiers = re.compile(
+        r"model\.(roi_heads\.(stages\.\d+\.)?(box_predictor\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits)"
+        r"|head\.classification_head\.cls_logits)\.(weight|bias)"
+    )
 
     def __init__(
         self, model: nn.Module, num_classes: int, background: bool, mask_threshold: float | None = 0.5
@@ -136,9 +152,6 @@ class Detector(nn.Module):
         return lambda name: groups(name.removeprefix(_BODY))
 
 
-_BODY = "model.backbone.body."
-
-
 def create_detector(
     backbone: str,
     head: str = "mask_rcnn",
@@ -210,7 +223,10 @@ def create_detector(
             at most this IoU (default 0.5, ``fcos`` 0.6), and are at most so many.
         out_indices: stages whose maps are taken; default all, or for ``retinanet`` and ``fcos`` all but the first of
             four or more.
-        task, out_norm, pretrained, checkpoint_path, in_chans, **kwargs: as in ``DenseBackbone``.
+        checkpoint_path: a path, URL or index name. A classifier's file gives the backbone; a detector's, of this
+            package or of mmdet, everything (what depends on the number of classes is drawn anew for another); a
+            segmentor's the backbone with its output norms. One log line says what was left out.
+        task, out_norm, pretrained, in_chans, **kwargs: as in ``DenseBackbone``.
 
     Raises:
         ValueError: unknown name or option, a value out of range.
@@ -234,8 +250,13 @@ def create_detector(
         with torch.device("meta"):
             stages = len(DenseBackbone(backbone, **options).channels)
         out_indices = range(1, stages) if stages > 3 else None
+    state = read_dense(checkpoint_path)
     body = DenseBackbone(
-        backbone, out_indices=out_indices, pretrained=pretrained, checkpoint_path=checkpoint_path, **options
+        backbone,
+        out_indices=out_indices,
+        pretrained=pretrained and not checkpoint_path,
+        checkpoint_path=checkpoint_path if state is None else None,
+        **options,
     )
     pyramid = Pyramid(body, channels, {"retinanet": "conv", "fcos": "conv_on_output"}.get(head, "pool"))
     transform = Resize(
@@ -258,7 +279,7 @@ def create_detector(
         )
         one_stage.transform = transform
         in_full_precision(one_stage.head)
-        return Detector(one_stage, num_classes, background=False)
+        return _loaded(Detector(one_stage, num_classes, background=False), state)
 
     stage = partial(
         region_heads,
@@ -288,7 +309,13 @@ def create_detector(
     else:
         heads = stage()
     model = GeneralizedRCNN(pyramid, proposal_network(channels, anchors, proposals), heads, transform)
-    return Detector(model, num_classes, background=True, mask_threshold=mask_threshold)
+    return _loaded(Detector(model, num_classes, background=True, mask_threshold=mask_threshold), state)
+
+
+def _loaded(detector: Detector, state: Mapping[str, Tensor] | None) -> Detector:
+    if state is not None:
+        load_dense(detector, state)
+    return detector
 
 
 def _anchor_sizes(

@@ -5,7 +5,12 @@ and, beside it, a decoder (mmseg: ``decode_head``, ``auxiliary_head``, ``neck``)
 ``rpn_head``, ``roi_head``). Every module here rewrites the keys of its own part when it is loaded: the segmentor its
 heads, the ``DenseBackbone`` its norms, the backbone the rest. mmdet 2 and 3, and mmseg 0 and 1, have the same keys.
 
-A segmentor of such a file computes what mmseg computes (tests/golden/dense).
+A segmentor of such a file computes what mmseg computes, and a Mask R-CNN or a cascade finds what mmdet finds, with the
+same scores and boxes (tests/golden/dense): anchors, their order, the pooling of regions and the scales of boxes are
+mmdet's, see ``geometry``. Four things differ. Windows of Swin are not shifted along an axis on which a map is a single
+window (sides of up to 224 pixels with windows of 7), where mmdet shifts all. Masks are pasted into the image by
+torchvision, which rounds boxes to pixels. Boxes that shrink to less than 1/62 of their anchor are not kept at that
+(mmdet's ``wh_ratio_clip``). Images are scaled by PyTorch, not by OpenCV.
 """
 
 from __future__ import annotations
@@ -13,9 +18,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from ...checkpoints import CheckpointMismatch, Layout, Rule, convert, describe_mismatch, read, resolve, unwrap
@@ -76,19 +83,104 @@ SEMANTIC_FPN = Layout(
 )
 
 
+@dataclass(frozen=True)
+class BackgroundFirst:
+    """Rows of classes and background, which mmdet has last and torchvision first."""
+
+    def to_ours(self, tensor: Tensor, shape: torch.Size | None) -> Tensor:
+        """(classes + 1, ...) -> (1 + classes, ...)."""
+        return tensor.roll(1, 0)
+
+    def to_theirs(self, tensor: Tensor) -> Tensor:
+        """(1 + classes, ...) -> (classes + 1, ...)."""
+        return tensor.roll(-1, 0)
+
+
+@dataclass(frozen=True)
+class WithBackground:
+    """Rows of each class, to which torchvision adds some for background that nothing reads.
+
+    Args:
+        rows: of each class.
+    """
+
+    rows: int
+
+    def to_ours(self, tensor: Tensor, shape: torch.Size | None) -> Tensor:
+        """(classes * rows, ...) -> ((1 + classes) * rows, ...); what is the same for all classes stays."""
+        if shape is not None and tensor.shape[0] == shape[0] == self.rows:
+            return tensor
+        return torch.cat([torch.zeros_like(tensor[: self.rows]), tensor])
+
+    def to_theirs(self, tensor: Tensor) -> Tensor:
+        """((1 + classes) * rows, ...) -> (classes * rows, ...)."""
+        return tensor if tensor.shape[0] == self.rows else tensor[self.rows :]
+
+
+_DETECTOR = "model.backbone.body."
+_PROPOSALS = (
+    Rule("backbone.{rest}", _DETECTOR + "{rest}"),
+    Rule("neck.lateral_convs.{i}.conv.{rest}", "model.backbone.fpn.inner_blocks.{i}.0.{rest}"),
+    Rule("neck.fpn_convs.{i}.conv.{rest}", "model.backbone.fpn.layer_blocks.{i}.0.{rest}"),
+    Rule("rpn_head.rpn_conv.{rest}", "model.rpn.head.conv.0.0.{rest}"),
+    Rule("rpn_head.rpn_cls.{rest}", "model.rpn.head.cls_logits.{rest}"),
+    Rule("rpn_head.rpn_reg.{rest}", "model.rpn.head.bbox_pred.{rest}"),
+)
+
+
+def _regions(stage: str, box_head: Mapping[str, str]) -> tuple[Rule, ...]:
+    """mmdet's box and mask heads -> torchvision's RoIHeads.
+
+    Args:
+        stage: what comes after the names of theirs, ``{s}.`` in a cascade.
+        box_head: templates of what is before the box head's predictions.
+    """
+    ours = f"model.roi_heads.{'stages.' if stage else ''}{stage}"
+    box, mask = f"roi_head.bbox_head.{stage}", f"roi_head.mask_head.{stage}"
+    return (
+        *(Rule(f"{box}{a}.{{rest}}", f"{ours}box_head.{b}.{{rest}}") for a, b in box_head.items()),
+        Rule(f"{box}fc_cls.{{rest}}", f"{ours}box_predictor.cls_score.{{rest}}", BackgroundFirst()),
+        Rule(f"{box}fc_reg.{{rest}}", f"{ours}box_predictor.bbox_pred.{{rest}}", WithBackground(4)),
+        Rule(f"{mask}convs.{{i}}.conv.{{rest}}", f"{ours}mask_head.{{i}}.0.{{rest}}"),
+        Rule(f"{mask}upsample.{{rest}}", f"{ours}mask_predictor.conv5_mask.{{rest}}"),
+        Rule(f"{mask}conv_logits.{{rest}}", f"{ours}mask_predictor.mask_fcn_logits.{{rest}}", WithBackground(1)),
+    )
+
+
+MASK_RCNN = Layout(
+    name="mmdet-rcnn",
+    source="open-mmlab/mmdetection, configs/_base_/models/mask_rcnn_r50_fpn.py",
+    signature=("rpn_head.rpn_conv.weight", "roi_head.bbox_head.shared_fcs.1.weight"),
+    rules=(*_PROPOSALS, *_regions("", {"shared_fcs.0": "fc6", "shared_fcs.1": "fc7"})),
+)
+
+CASCADE = Layout(
+    name="mmdet-cascade",
+    source="SwinTransformer/Swin-Transformer-Object-Detection, configs/swin/cascade_mask_rcnn_swin_*_giou_4conv1f_*.py",
+    signature=("rpn_head.rpn_conv.weight", "roi_head.bbox_head.0.shared_convs.3.conv.weight"),
+    rules=(
+        *_PROPOSALS,
+        # the linear layer comes after four convolutions and a flattening
+        *_regions(
+            "{s}.",
+            {"shared_convs.{i}.conv": "{i}.0", "shared_convs.{i}.bn": "{i}.1", "shared_fcs.0": "5"},
+        ),
+    ),
+)
+
+
 class LoadsPublishedDense(nn.Module):
     """Base of models on a ``DenseBackbone`` whose ``load_state_dict`` takes published keys and whole checkpoint files.
 
-    Class attributes, set by the models: ``layouts`` (published layouts of what is not the backbone), ``optional``
-    (prefixes of parts that a file or a model may do without) and ``classifiers`` (matches the keys whose first axis has
-    the classes).
+    Class attributes, set by the models: ``layouts`` (published layouts of what is not the backbone), ``body`` (prefix
+    of the keys of the ``DenseBackbone``), ``optional`` (parts that a file or a model may do without, and what matches
+    their keys) and ``classifiers`` (matches the keys whose first axis has the classes).
     """
 
     layouts: ClassVar[tuple[Layout, ...]] = ()
-    optional: ClassVar[tuple[str, ...]] = ()
+    body: ClassVar[str] = _BACKBONE
+    optional: ClassVar[Mapping[str, re.Pattern[str]]] = {}
     classifiers: ClassVar[re.Pattern[str]]
-
-    backbone: DenseBackbone
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +193,7 @@ class LoadsPublishedDense(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module.load_state_dict``, for published keys too; also takes all that a checkpoint file holds."""
         if any(not isinstance(value, Tensor) for value in state_dict.values()):
-            state_dict = unwrap(state_dict, backbone=False)
+            state_dict = _as_saved(unwrap(state_dict, backbone=False))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
@@ -163,8 +255,8 @@ def read_dense(source: str | Path | None) -> dict[str, Tensor] | None:
     """
     if not source:
         return None
-    state = read(resolve(source), backbone=False)
-    return state if any(key.startswith(_BACKBONE) for key in state) else None
+    state = _as_saved(read(resolve(source), backbone=False))
+    return state if any(key.startswith((_BACKBONE, _DETECTOR)) for key in state) else None
 
 
 def load_dense(model: LoadsPublishedDense, state: Mapping[str, Tensor]) -> None:
@@ -179,36 +271,45 @@ def load_dense(model: LoadsPublishedDense, state: Mapping[str, Tensor]) -> None:
     """
     fitted = model.fit_state_dict(state)
     own = shapes_of(model)
-    inside = {key.removeprefix(_BACKBONE): value for key, value in fitted.items() if key.startswith(_BACKBONE)}
-    heads = {key: value for key, value in fitted.items() if not key.startswith(_BACKBONE)}
-    wanted = {key: shape for key, shape in own.items() if not key.startswith(_BACKBONE)}
-    if not heads.keys() & wanted.keys():
+    # in a file of another kind of model the backbone may lie elsewhere
+    body = next(
+        prefix for prefix in (model.body, _DETECTOR, _BACKBONE) if any(key.startswith(prefix) for key in fitted)
+    )
+    inside = {key.removeprefix(body): value for key, value in fitted.items() if key.startswith(body)}
+    heads = {key: value for key, value in fitted.items() if not key.startswith(body)}
+    wanted = {key: shape for key, shape in own.items() if not key.startswith(model.body)}
+    load_backbone(cast("DenseBackbone", model.get_submodule(model.body.rstrip("."))), inside)
+    # detectors of different kinds have a pyramid in common, and more
+    if 2 * len(heads.keys() & wanted.keys()) < max(len(heads), len(wanted)):
         _logger.warning("the file has other heads (%s): its backbone alone is loaded", _parts(heads))
-        load_backbone(model.backbone, inside)
         return
-    load_backbone(model.backbone, inside)
     notes = []
-    for part in model.optional:
-        there, here = (any(key.startswith(part) for key in keys) for keys in (heads, wanted))
+    for part, keys in model.optional.items():
+        there, here = (any(keys.match(key) for key in side) for side in (heads, wanted))
         if there != here:
-            notes.append(f"{part.rstrip('.')} is {'left out' if there else 'not in the file'}")
-            heads = {key: value for key, value in heads.items() if not key.startswith(part)}
-            wanted = {key: shape for key, shape in wanted.items() if not key.startswith(part)}
+            notes.append(f"{part} is {'left out' if there else 'not in the file'}")
+            heads = {key: value for key, value in heads.items() if not keys.match(key)}
+            wanted = {key: shape for key, shape in wanted.items() if not keys.match(key)}
     anew = [
         key
         for key, shape in wanted.items()
         if model.classifiers.fullmatch(key) and key in heads and heads[key].shape[0] != shape[0]
     ]
     if anew:
-        notes.append(
-            f"classifiers for {wanted[anew[0]][0]} classes stay as drawn, the file has {heads[anew[0]].shape[0]}"
-        )
+        theirs, ours = heads[anew[0]].shape[0], wanted[anew[0]][0]
+        notes.append(f"the classifiers, with {theirs} outputs in the file and {ours} here, stay as drawn")
     heads = {key: value for key, value in heads.items() if key not in anew}
     wanted = {key: shape for key, shape in wanted.items() if key not in anew}
     _check(heads, wanted, "the heads")
     nn.Module.load_state_dict(model, heads, strict=False)
     if notes:
         _logger.warning("%s", "; ".join(notes))
+
+
+def _as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the ``model.`` of this package's detectors, which ``unwrap`` takes off as a wrapper's."""
+    own = any(key.startswith("backbone.fpn.") for key in state)
+    return {f"model.{key}": value for key, value in state.items()} if own else state
 
 
 def _parts(keys: Iterable[str]) -> str:

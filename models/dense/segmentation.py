@@ -36,7 +36,7 @@ class Segmentor(LoadsPublishedDense):
     """
 
     layouts = (UPERNET, SEMANTIC_FPN)
-    optional = ("aux_head.",)
+    optional = {"aux_head": re.compile(r"aux_head\.")}
     classifiers = re.compile(r"(aux_)?head\.classifier\.conv\.(weight|bias)")
 
     def __init__(self, backbone: DenseBackbone, head: UPerNet | SemanticFPN, aux_head: FCN | None = None) -> None:

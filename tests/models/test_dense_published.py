@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from nearfield.checkpoints import CheckpointMismatch
-from nearfield.models.dense import DenseBackbone, Segmentor
-from nearfield.models.dense.published import UPERNET
+from nearfield.models.dense import DenseBackbone, Detector, Segmentor
+from nearfield.models.dense.published import UPERNET, BackgroundFirst, WithBackground
 from nearfield.models.loading import export_state_dict
 from nearfield.models.swin import UnfoldedNeighbours
 from torch import Tensor
+from torchvision.models.detection.roi_heads import maskrcnn_inference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-5
@@ -66,6 +67,10 @@ def golden(name: str) -> Golden:
         else fill.value(key, shape, meta["conv_gain"])
         for key, shape, dtype in meta["keys"]
     }
+    # without it one class would win everywhere, and boxes be thrown about
+    for name, factor in meta.get("scaled", {}).items():
+        for key in [key for key in state if key.endswith(name)]:
+            state[key] = (state[key] - state[key].mean(1, keepdim=True)) * factor
     return Golden(name, meta, arrays, state)
 
 
@@ -94,6 +99,94 @@ def test_a_segmentor_of_mmseg_computes_what_it_computed_there(name: str, tmp_pat
                 model.training = True
                 assert_same(model(x)["aux"], theirs.arrays[f"aux_{i}"])
                 model.training = False
+
+
+DETECTORS = {"mmdet_mask_rcnn": "mask_rcnn", "mmdet_cascade": "cascade_mask_rcnn"}
+
+
+def _detector(head: str, **options: Any) -> Detector:
+    sizes: dict[str, Any] = {"channels": 16, "box_features": 24, "mask_convs": 2, "mask_channels": 8, "num_classes": 5}
+    return nearfield.create_detector("swin_tiny", head, **{**sizes, **SMALL, **options}).eval()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_of_mmdet_finds_what_it_found_there(name: str, tmp_path: Path) -> None:
+    theirs = golden(name)
+    height, width = theirs.meta["size"]
+    unchanged = {"image_mean": (0, 0, 0), "image_std": (1, 1, 1), "min_size": height, "max_size": width}
+    model = _detector(DETECTORS[name], checkpoint_path=theirs.file(tmp_path), **unchanged)
+    plain = _detector(DETECTORS[name])
+    plain.load_state_dict(torch.load(theirs.file(tmp_path), weights_only=True))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
+    x = fill.make_structured(height, width, 1)
+    with torch.no_grad():
+        maps = model.model.backbone(x)
+        (found,) = model(x)
+        regions = model.model.roi_heads
+        stages = getattr(regions, "stages", [regions])
+        # the masks before they are pasted, which mmdet does in another way
+        cells = stages[0].mask_roi_pool(maps, [found["boxes"]], None)
+        probabilities = [
+            maskrcnn_inference(stage.mask_predictor(stage.mask_head(cells)), [found["labels"] + 1])[0]
+            for stage in stages
+        ]
+    assert_same(maps["0"], theirs.arrays["pyramid"])
+    assert found["labels"].tolist() == theirs.arrays["labels"].tolist()
+    torch.testing.assert_close(found["scores"], torch.from_numpy(theirs.arrays["scores"]), rtol=0, atol=1e-5)
+    # pixels
+    torch.testing.assert_close(found["boxes"], torch.from_numpy(theirs.arrays["boxes"]), rtol=0, atol=2e-2)
+    masks = torch.from_numpy(theirs.arrays["probabilities"])
+    got = torch.from_numpy(fill.sample(torch.stack(probabilities).mean(0), len(masks)))
+    torch.testing.assert_close(got, masks, rtol=0, atol=1e-3)
+
+
+def test_the_order_of_classes_in_the_golden_file_matters() -> None:
+    assert len(set(golden("mmdet_mask_rcnn").arrays["labels"].tolist())) >= 4
+
+
+def test_parts_of_a_detector_that_do_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = golden("mmdet_mask_rcnn").file(tmp_path)
+    whole = _detector("mask_rcnn", checkpoint_path=path).state_dict()
+    assert not caplog.text
+    boxes = _detector("faster_rcnn", checkpoint_path=path)
+    assert "the mask head is left out" in caplog.text
+    assert all(torch.equal(value, whole[key]) for key, value in boxes.state_dict().items())
+    caplog.clear()
+    other = _detector("mask_rcnn", num_classes=2, checkpoint_path=path).state_dict()
+    assert "the classifiers, with 6 outputs in the file and 3 here, stay as drawn" in caplog.text
+    differing = {key.split(".")[3] for key, value in other.items() if not torch.equal(value, whole[key])}
+    assert differing == {"cls_score", "bbox_pred", "mask_fcn_logits"}
+    caplog.clear()
+    points = _detector("fcos", channels=32, checkpoint_path=path)
+    assert "the file has other heads" in caplog.text
+    norms = {key: value for key, value in whole.items() if ".norms." in key}
+    # of the last three stages
+    for key, value in points.backbone.norms.state_dict().items():
+        stage, leaf = key.split(".")
+        assert torch.equal(value, norms[f"model.backbone.body.norms.{int(stage) + 1}.{leaf}"])
+    # our own file, and into a segmentor
+    torch.save(_detector("mask_rcnn", checkpoint_path=path).state_dict(), tmp_path / "ours.pth")
+    again = _detector("mask_rcnn", checkpoint_path=tmp_path / "ours.pth").state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in again.items())
+    for file in (path, tmp_path / "ours.pth"):
+        caplog.clear()
+        segmentor = nearfield.create_segmentor("swin_tiny", num_classes=2, channels=8, checkpoint_path=file, **SMALL)
+        assert "its backbone alone is loaded" in caplog.text
+        for key, value in segmentor.backbone.state_dict().items():
+            assert torch.equal(value, whole[f"model.backbone.body.{key}"])
+
+
+@pytest.mark.parametrize("transform", [BackgroundFirst(), WithBackground(4), WithBackground(1)])
+def test_rows_of_classes_come_back(transform: BackgroundFirst | WithBackground) -> None:
+    theirs = torch.randn(12, 3)
+    assert torch.equal(transform.to_theirs(transform.to_ours(theirs, None)), theirs)
+
+
+def test_a_box_for_all_classes_has_no_background() -> None:
+    box = torch.randn(4, 3)
+    assert torch.equal(WithBackground(4).to_ours(box, torch.Size((4, 3))), box)
+    assert WithBackground(4).to_ours(box, torch.Size((8, 3))).shape == (8, 3)
 
 
 def _published(model: Segmentor, layout: str, norm: str) -> dict[str, Tensor]:
@@ -212,7 +305,7 @@ def test_classifiers_for_other_classes_stay_as_drawn(tmp_path: Path, caplog: pyt
     model = _varied(_nano("nat_nano"))
     torch.save(_published(model, "shi-labs", "norm{}"), tmp_path / "theirs.pth")
     made = _nano("nat_nano", num_classes=7, checkpoint_path=tmp_path / "theirs.pth")
-    assert "classifiers for 7 classes stay as drawn, the file has 3" in caplog.text
+    assert "the classifiers, with 3 outputs in the file and 7 here, stay as drawn" in caplog.text
     differing = [k for k, v in made.state_dict().items() if not torch.equal(v, model.state_dict()[k])]
     assert differing == [f"{h}.classifier.conv.{leaf}" for h in ("head", "aux_head") for leaf in ("weight", "bias")]
 

@@ -99,6 +99,23 @@ def test_onnx_routes_equal_scores_to_the_first_regions(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(got), expected)
 
 
+@pytest.mark.parametrize(("backbone", "head"), [("swin_nano", "upernet"), ("nat_nano", "fpn")])
+def test_onnx_of_a_segmentor_runs_any_batch(backbone: str, head: str, tmp_path: Path) -> None:
+    sizes = {"num_classes": 3, "channels": 16, "aux_channels": 8, "fpn_channels": 16}
+    segmentor = nearfield.create_segmentor(backbone, head, **sizes)
+    # statistics and weights that matter
+    segmentor(torch.randn(2, 3, 64, 64))
+    with torch.no_grad():
+        for p in segmentor.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    segmentor.eval()
+    # maps of 18 x 22, 9 x 11 and 5 x 6 tokens, which the pooling's 1, 2, 3 and 6 cells do not divide
+    session = to_onnx(segmentor, images(2), tmp_path)
+    (given,) = session.get_inputs()
+    assert session.get_outputs()[0].shape == ["batch", 3, 36, 44]
+    assert_runs_any_batch(lambda x: torch.from_numpy(session.run(None, {given.name: x.numpy()})[0]), segmentor, 1e-4)
+
+
 @every_family
 def test_torch_export_keeps_the_fused_op_and_runs_any_batch(model: nn.Module) -> None:
     program = torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
