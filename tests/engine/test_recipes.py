@@ -142,6 +142,16 @@ def test_a_recipe_is_what_its_authors_share(name: str) -> None:
         assert config.trainer.updates == (80_000 if config.task.head == "fpn" else 160_000)
 
 
+def test_the_table_of_the_docs_has_every_recipe_with_its_figures() -> None:
+    text = (door.CONFIGS.parent / "docs/recipes.md").read_text()
+    rows = {row[0].strip("`"): row[1:] for row in re.findall(r"^\| (`\w+`) \|(.*)\|$", text, re.MULTILINE)}
+    assert set(rows) == set(RECIPES)
+    for name, (cells,) in rows.items():
+        figures = re.findall(r"\d\d\.\d\d?", comment(name).split(". Source")[0])
+        assert re.findall(r"\d\d\.\d\d?", cells) == figures
+        assert cells.strip().endswith("not measured")
+
+
 def tag(text: str) -> str:
     """What the weights that the index has under a name were trained on."""
     entry = find(text)
@@ -274,8 +284,9 @@ def test_the_rate_of_a_segmentor_rises_in_1500_updates_and_falls_in_a_straight_l
     assert cosine == pytest.approx([2e-5, 1.1e-4, 1e-4, 2e-12], rel=1e-4)
 
 
-# a mask head takes most of the time of an untrained detector: what it finds is noise, and much of it
+# few proposals: what an untrained detector finds is noise, and much of it
 SHORT = ["data.batch_size=2", "data.limit_train_batches=1", "data.eval_batch_size=1", "data.limit_val_batches=1"]
+FEW = ["proposals=50", "samples=32", "detections=5"]
 RUNS = {
     "dinat_s_tiny_mask_rcnn_coco": "mask_ap",
     f"nat_mini_{CASCADE}": "mask_ap",
@@ -289,6 +300,6 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_runs_from_end_to_end(name: str, tmp_path: Path) -> None:
     overrides = [f"experiment={name}", "debug=fdr", "hardware=cpu", *SHORT, "trainer.plots=false", "task.pictures=0"]
-    few = ["task.fit=null"] if name.endswith("ade20k") else ["+task.kwargs.detections=10"]
+    few = ["task.fit=null"] if name.endswith("ade20k") else [f"+task.kwargs.{key}" for key in FEW]
     summary = fit.train(door.compose("train", TrainConfig, [*overrides, *few, f"paths.runs={tmp_path}"]))
     assert 0 <= summary[RUNS[name]] <= 1
