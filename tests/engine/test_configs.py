@@ -16,7 +16,10 @@ from nearfield.engine.errors import ConfigError
 
 FILES = sorted(door.CONFIGS.rglob("*.yaml"))
 GROUPS = sorted({path.parent.name for path in FILES if path.parent != door.CONFIGS} - {"local"})
-EXPERIMENTS = sorted(path.stem for path in (door.CONFIGS / "experiment").glob("*.yaml"))
+# test_recipes.py has those for COCO and ADE20K
+EXPERIMENTS = sorted(
+    path.stem for path in (door.CONFIGS / "experiment").glob("*.yaml") if not path.stem.endswith(("_coco", "_ade20k"))
+)
 
 
 class Recipe(NamedTuple):
@@ -70,7 +73,7 @@ def options(group: str) -> list[str]:
 
 
 def test_the_groups_are_those_of_the_design() -> None:
-    wanted = "model data optim sched aug task trainer logger paths hardware experiment debug"
+    wanted = "model data optim sched aug task demo trainer logger paths hardware experiment debug"
     assert set(GROUPS) == set(wanted.split())
     assert set(options("debug")) == {"fdr", "overfit", "limit", "profiler"}
 
@@ -89,7 +92,8 @@ def test_a_file_is_composed_and_checked(path: Path) -> None:
         kind = {"eval": EvalConfig}.get(path.stem, TrainConfig)
         config = door.compose("eval" if kind is EvalConfig else "train", kind)
     else:
-        config = door.compose("train", TrainConfig, [f"{group}={path.stem}"])
+        # a demo comes with its task
+        config = door.compose("train", TrainConfig, [f"{'task' if group == 'demo' else group}={path.stem}"])
     again = check.build(type(config), yaml.safe_load(door.to_yaml(config)))
     assert again == config
 
@@ -155,6 +159,16 @@ def test_published_rates_come_out_at_the_published_batch() -> None:
         scale = lr_scale(biformer.optim, batch)
         rates = (biformer.optim.lr, biformer.sched.min_lr, biformer.sched.warmup_lr)
         assert [rate * scale for rate in rates] == pytest.approx([5e-4 * batch / 512, 1e-5, 1e-6])
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_a_task_brings_its_demo_unless_an_experiment_says_what_is_trained(task: str) -> None:
+    demo = door.compose("train", TrainConfig, [f"task={task}"])
+    assert (demo.task.name, demo.data.name, demo.model.name) == (task, "scenes", "nat_nano_128")
+    recipe = {"detection": "nat_tiny_mask_rcnn_coco", "segmentation": "nat_tiny_upernet_ade20k"}[task]
+    config = door.compose("train", TrainConfig, [f"task={task}", f"experiment={recipe}"])
+    assert (config.task.name, config.model.name) == (task, "nat_tiny")
+    assert config.data.name == recipe.rsplit("_", 1)[1]
 
 
 def test_a_debug_group_lies_on_top_of_an_experiment() -> None:
