@@ -124,7 +124,7 @@ def test_updates_end_a_training_in_the_middle_of_an_epoch(tmp_path: Path) -> Non
     prepared = tasks.prepare(config, CPU)
     assert prepared.train is not None
     assert len(prepared.train) == 2
-    state, epochs = fit.create_state(config, prepared.model, len(prepared.train), torch.float32, CPU)
+    epochs = fit.create_state(config, prepared.model, len(prepared.train), torch.float32, CPU)[1]
     assert epochs == 2
     summary = fit.train(config)
     assert summary["epochs"] == 2
