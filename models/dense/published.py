@@ -220,10 +220,14 @@ def fit_backbone(state: Mapping[str, Tensor], backbone: DenseBackbone) -> dict[s
             fitted[f"norms.{name}"] = value
         else:
             unused.add(stage)
-    if unused:
-        which = ", ".join(str(stage) for stage in sorted(unused))
-        _logger.warning("the file's output norms of stages %s are left out: the model has none there", which)
+    _tell_unused_norms(unused)
     return fitted
+
+
+def _tell_unused_norms(stages: Iterable[int]) -> None:
+    which = ", ".join(str(stage) for stage in sorted(stages))
+    if which:
+        _logger.warning("the file's output norms of stages %s are left out: the model has none there", which)
 
 
 def load_backbone(backbone: DenseBackbone, state: Mapping[str, Tensor]) -> None:
@@ -240,11 +244,28 @@ def load_backbone(backbone: DenseBackbone, state: Mapping[str, Tensor]) -> None:
     if isinstance(backbone.body, Features):
         load_weights(backbone.body, {key.removeprefix("model."): value for key, value in body.items()})
     else:
+        _check(body, shapes_of(backbone.body), "the backbone")
         backbone.body.load_state_dict(body)
     norms = {key.removeprefix("norms."): value for key, value in fitted.items() if key.startswith("norms.")}
     if norms:
-        _check(norms, shapes_of(backbone.norms), "the output norms")
-        backbone.norms.load_state_dict(norms)
+        norms = _norms_here(norms, backbone)
+        backbone.norms.load_state_dict(norms, strict=False)
+
+
+def _norms_here(norms: Mapping[str, Tensor], backbone: DenseBackbone) -> dict[str, Tensor]:
+    """Norms of a model of this package by their place in another: it may take other stages, told by their widths."""
+    own = shapes_of(backbone.norms)
+    place = {width: i for i, width in enumerate(backbone.channels)}
+    here, unused = {}, set()
+    for key, value in norms.items():
+        index, leaf = key.split(".")
+        name = f"{place.get(value.shape[0])}.{leaf}"
+        if name in own:
+            here[name] = value
+        else:
+            unused.add(int(index))
+    _tell_unused_norms(unused)
+    return here
 
 
 def read_dense(source: str | Path | None) -> dict[str, Tensor] | None:
@@ -278,7 +299,10 @@ def load_dense(model: LoadsPublishedDense, state: Mapping[str, Tensor]) -> None:
     inside = {key.removeprefix(body): value for key, value in fitted.items() if key.startswith(body)}
     heads = {key: value for key, value in fitted.items() if not key.startswith(body)}
     wanted = {key: shape for key, shape in own.items() if not key.startswith(model.body)}
-    load_backbone(cast("DenseBackbone", model.get_submodule(model.body.rstrip("."))), inside)
+    backbone = cast("DenseBackbone", model.get_submodule(model.body.rstrip(".")))
+    load_backbone(backbone, inside)
+    if shapes_of(backbone.norms) and not any(OUTPUT_NORM.fullmatch(key) or key.startswith("norms.") for key in inside):
+        _logger.warning("the file has no output norms, the model has: make it with out_norm='none' to compute the same")
     # detectors of different kinds have a pyramid in common, and more
     if 2 * len(heads.keys() & wanted.keys()) < max(len(heads), len(wanted)):
         _logger.warning("the file has other heads (%s): its backbone alone is loaded", _parts(heads))
@@ -319,4 +343,4 @@ def _parts(keys: Iterable[str]) -> str:
 def _check(state: Mapping[str, Tensor], expected: Mapping[str, Any], what: str) -> None:
     difference = describe_mismatch(state, expected)
     if difference:
-        raise CheckpointMismatch(f"{what} of the file do not fit the model: {difference}")
+        raise CheckpointMismatch(f"{what} in the file and in the model differ: {difference}")

@@ -167,6 +167,13 @@ def test_parts_of_a_detector_that_do_not_fit(tmp_path: Path, caplog: pytest.LogC
         assert torch.equal(value, norms[f"model.backbone.body.norms.{int(stage) + 1}.{leaf}"])
     # our own file, and into a segmentor
     torch.save(_detector("mask_rcnn", checkpoint_path=path).state_dict(), tmp_path / "ours.pth")
+    again = _detector("fcos", channels=32, checkpoint_path=tmp_path / "ours.pth")
+    for key, value in again.backbone.state_dict().items():
+        assert torch.equal(value, points.backbone.state_dict()[key])
+    caplog.clear()
+    bare = _detector("mask_rcnn", out_norm="none", checkpoint_path=tmp_path / "ours.pth")
+    assert "output norms of stages 0, 1, 2, 3 are left out" in caplog.text
+    assert not bare.backbone.norms.state_dict()
     again = _detector("mask_rcnn", checkpoint_path=tmp_path / "ours.pth").state_dict()
     assert all(torch.equal(value, whole[key]) for key, value in again.items())
     for file in (path, tmp_path / "ours.pth"):
@@ -301,6 +308,18 @@ def test_a_classifier_gives_its_backbone(tmp_path: Path) -> None:
         assert torch.equal(a.permute(0, 3, 1, 2), b)
 
 
+def test_a_file_without_output_norms_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = _varied(_nano("nat_nano", out_norm="none"))
+    torch.save(_published(model, "shi-labs", "norm{}"), tmp_path / "theirs.pth")
+    _nano("nat_nano", checkpoint_path=tmp_path / "theirs.pth")
+    assert "make it with out_norm='none'" in caplog.text
+    caplog.clear()
+    made = _nano("nat_nano", out_norm="none", checkpoint_path=tmp_path / "theirs.pth").eval()
+    assert not caplog.text
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(made(x), model(x))
+
+
 def test_classifiers_for_other_classes_stay_as_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = _varied(_nano("nat_nano"))
     torch.save(_published(model, "shi-labs", "norm{}"), tmp_path / "theirs.pth")
@@ -324,12 +343,25 @@ def test_the_auxiliary_head_may_be_missing_on_either_side(tmp_path: Path, caplog
 def test_other_sizes_are_named_in_one_line(tmp_path: Path) -> None:
     torch.save(_published(_nano("nat_nano"), "shi-labs", "norm{}"), tmp_path / "theirs.pth")
     with pytest.raises(
-        CheckpointMismatch, match=r"the heads of the file do not fit the model: .*16.* in the file"
+        CheckpointMismatch, match=r"the heads in the file and in the model differ: .*16.* in the file"
     ) as error:
         _nano("nat_nano", channels=24, checkpoint_path=tmp_path / "theirs.pth")
     assert "\n" not in str(error.value)
     with pytest.raises(CheckpointMismatch, match="does not fit swin_nano") as error:
         _nano("swin_nano", checkpoint_path=tmp_path / "theirs.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_timm_takes_its_own_files_alone(tmp_path: Path) -> None:
+    model = _varied(_nano("resnet10t"))
+    torch.save(model.state_dict(), tmp_path / "ours.pth")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(_nano("resnet10t", checkpoint_path=tmp_path / "ours.pth").eval()(x), model(x))
+    torch.save(
+        {"backbone.stages.0.weight": torch.ones(2), "decode_head.conv_seg.bias": torch.ones(3)}, tmp_path / "b.pth"
+    )
+    with pytest.raises(CheckpointMismatch, match="the backbone in the file and in the model differ") as error:
+        _nano("resnet10t", checkpoint_path=tmp_path / "b.pth")
     assert "\n" not in str(error.value)
 
 
