@@ -38,6 +38,10 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
         raise ConfigError(
             "data.overfit_batches is for training: data.limit_val_batches=N evaluates the first N batches"
         )
+    if config.task.name != "classification" and not config.model.checkpoint:
+        raise ConfigError(
+            f"task={config.task.name}: no published file has its heads: give run=FOLDER or checkpoint=FILE"
+        )
     split = config.split
     prepared = tasks.prepare(config, device)
     task, model, how, batches = prepared.task, prepared.model, prepared.how, prepared.val

@@ -78,24 +78,31 @@ def build(
     return model
 
 
-def build_detector(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int) -> Any:
+def build_detector(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int, whole: bool = False) -> Any:
     """`nearfield.create_detector` as `model` and `task` say it.
+
+    Args:
+        config: a checkpoint may hold a backbone alone, or everything.
+        task: the options of the detector.
+        head: its name.
+        num_classes: classes, without background.
+        whole: the checkpoint must hold everything: with heads drawn at random there is nothing to evaluate.
 
     Raises:
         ConfigError: an unknown head or model, an argument that one of them does not take.
         CheckpointMismatchError: the checkpoint is missing or does not fit.
     """
     sizes = {"min_size": task.min_size, "max_size": task.max_size}
-    return _build_dense(create_detector, config, task, head, {**sizes, "num_classes": num_classes})
+    return _build_dense(create_detector, config, task, head, {**sizes, "num_classes": num_classes}, whole)
 
 
-def build_segmentor(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int) -> Any:
-    """`nearfield.create_segmentor` as `model` and `task` say it; raises as `build_detector`."""
-    return _build_dense(create_segmentor, config, task, head, {"num_classes": num_classes})
+def build_segmentor(config: ModelConfig, task: TaskConfig, head: str, *, num_classes: int, whole: bool = False) -> Any:
+    """`nearfield.create_segmentor` as `model` and `task` say it; as `build_detector`."""
+    return _build_dense(create_segmentor, config, task, head, {"num_classes": num_classes}, whole)
 
 
 def _build_dense(
-    create: Callable[..., Any], config: ModelConfig, task: TaskConfig, head: str, sizes: dict[str, Any]
+    create: Callable[..., Any], config: ModelConfig, task: TaskConfig, head: str, sizes: dict[str, Any], whole: bool
 ) -> Any:
     if config.num_classes is not None and config.num_classes != sizes["num_classes"]:
         raise ConfigError(
@@ -113,12 +120,38 @@ def _build_dense(
             config.name,
             head,
             pretrained=config.pretrained and not config.checkpoint,
-            checkpoint_path=config.checkpoint,
+            checkpoint_path=None if whole else config.checkpoint,
             out_norm=task.out_norm,
             **{**sizes, **options, **config.kwargs, **task.kwargs},
         )
+    if whole:
+        _load_whole(model, str(config.checkpoint), f"{head} on {config.name} with {sizes['num_classes']} classes")
     checkpoint_activations(config, model)
     return model
+
+
+def _load_whole(model: Any, source: str, what: str) -> None:
+    """Every weight of a detector or segmentor from a file; only a head that evaluation does not use may be missing."""
+    from ..models.dense.published import read_dense
+
+    try:
+        state = read_dense(source)
+        if state is None:
+            raise CheckpointMismatchError(f"model.checkpoint={source} is a backbone alone, no {what}: train it first")
+        found = model.load_state_dict(state, strict=False)
+    except CheckpointError as error:
+        raise CheckpointMismatchError(f"model.checkpoint={source}: {error}") from error
+    except FileNotFoundError as error:
+        raise CheckpointMismatchError(f"model.checkpoint={source}: no such file") from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointMismatchError(f"model.checkpoint={source} is no {what}: {reason}") from error
+    missing = [key for key in found.missing_keys if not key.startswith("aux_head.")]
+    spare = [key for key in found.unexpected_keys if not any(p.match(key) for p in model.optional.values())]
+    if missing or spare:
+        parts = {"it lacks": missing, "the model has no": spare}
+        wrong = "; ".join(f"{text} {listing(keys, limit=3)}" for text, keys in parts.items() if keys)
+        raise CheckpointMismatchError(f"model.checkpoint={source} is no {what}: {wrong}")
 
 
 @contextlib.contextmanager

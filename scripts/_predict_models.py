@@ -15,7 +15,6 @@ from _classify import names_of_classes, preparation
 from nearfield import checkpoints
 from nearfield.engine import data, evaluation, network, runs
 from nearfield.engine.config import EvalConfig, ModelConfig, TaskConfig
-from nearfield.engine.errors import listing
 from torch import nn
 
 CLASSIFICATION, DETECTION, SEGMENTATION = TASKS = ("classification", "detection", "segmentation")
@@ -93,7 +92,7 @@ def _of_run(options: argparse.Namespace, folder: Path) -> Loaded:
         how = data.Preparation(**{**meta["preparation"], "size": options.size or tuple(meta["preparation"]["size"])})
         model = network.build(model_config, num_classes=classes, in_chans=channels, class_names=names)
         return Loaded(task.name, model_config.name, source, model, names, channels, how)
-    model_config = dataclasses.replace(model_config, checkpoint=None, num_classes=None)
+    model_config = dataclasses.replace(model_config, num_classes=None)
     loaded = _dense(options, model_config, task, classes, source, names, channels)
     loaded.mean, loaded.std = meta["preparation"]["mean"], meta["preparation"]["std"]
     return loaded
@@ -171,8 +170,8 @@ def _dense(
     if options.size is not None and task.name == DETECTION:
         task = dataclasses.replace(task, min_size=min(options.size), max_size=max(task.max_size, max(options.size)))
     build = network.build_detector if task.name == DETECTION else network.build_segmentor
-    model: nn.Module = build(model_config, task, head, num_classes=classes)
-    _load_whole(model, source, f"{head} on {model_config.name} with {classes} classes")
+    model_config = dataclasses.replace(model_config, checkpoint=source)
+    model: nn.Module = build(model_config, task, head, num_classes=classes, whole=True)
     loaded = Loaded(task.name, model_config.name, source, model, names, channels)
     if task.name == SEGMENTATION:
         fit = task.fit if options.size is None else [4 * min(options.size), min(options.size)]
@@ -186,21 +185,3 @@ def _dense(
         how = preparation(model, None, channels)
         loaded.mean, loaded.std = how.mean, how.std
     return loaded
-
-
-def _load_whole(model: nn.Module, source: str, what: str) -> None:
-    state = checkpoints.read(checkpoints.resolve(source), backbone=False)
-    # a prefix that all keys of a file share is taken for a wrapper's and cut off; those of a detector do share one
-    prefixes = {key.partition(".")[0] + "." for key in model.state_dict()}
-    if len(prefixes) == 1 and not any(key.startswith(tuple(prefixes)) for key in state):
-        state = {next(iter(prefixes)) + key: value for key, value in state.items()}
-    try:
-        found = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{source} is no {what}: {error}") from error
-    # what only training needs may be missing
-    missing = [key for key in found.missing_keys if not key.startswith(getattr(model, "optional", ()))]
-    if missing or found.unexpected_keys:
-        parts = {"it lacks": missing, "the model has no": found.unexpected_keys}
-        wrong = "; ".join(f"{text} {listing(keys, limit=3)}" for text, keys in parts.items() if keys)
-        raise ValueError(f"{source} is no {what}: {wrong}")

@@ -106,7 +106,9 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     masks = "mask" in head
     splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")
     source = detection_source(config, splits, masks=masks)
-    model = network.build_detector(config.model, config.task, head, num_classes=source.num_classes).to(device)
+    whole = isinstance(config, EvalConfig)
+    model = network.build_detector(config.model, config.task, head, num_classes=source.num_classes, whole=whole)
+    model = model.to(device)
     transform = model.model.transform
     how = Resizing(transform.min_size[-1], transform.max_size, transform.image_mean, transform.image_std)
 

@@ -133,9 +133,9 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     chosen = config.data
     splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")
     source = segmentation_source(config, splits)
-    model = network.build_segmentor(
-        config.model, config.task, config.task.head or HEAD, num_classes=source.num_classes
-    ).to(device)
+    head, whole = config.task.head or HEAD, isinstance(config, EvalConfig)
+    model = network.build_segmentor(config.model, config.task, head, num_classes=source.num_classes, whole=whole)
+    model = model.to(device)
     mean, std = data.mean_and_std(chosen, model.pretrained_cfg, source.in_chans)
     how = Normalisation(config.task.fit, config.task.ratios, config.task.flip, config.task.crop, mean, std)
 

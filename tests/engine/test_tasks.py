@@ -12,7 +12,7 @@ import pytest
 import torch
 from nearfield.engine import data, door, evaluation, fit, loop, tasks
 from nearfield.engine.config import EvalConfig, TrainConfig, TrainerConfig
-from nearfield.engine.errors import ConfigError, DataError
+from nearfield.engine.errors import CheckpointMismatchError, ConfigError, DataError
 from nearfield.engine.optim import create_scheduler
 from PIL import Image
 
@@ -72,6 +72,34 @@ def test_a_run_is_evaluated_again_with_the_same_numbers(
     rows = list(csv.DictReader(results.with_stem(f"results_{task}").open()))
     assert float(rows[0][primary]) == pytest.approx(summary[primary], abs=1e-4)
     assert not (tmp_path / "runs" / "scenes").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task.head=cascade_mask_rcnn"], r"is no cascade_mask_rcnn on nat_nano_128 with 10 classes: "),
+        (["task.kwargs.channels=32"], r"is no mask_rcnn .* size mismatch"),
+        (["model=nat_nano"], r"is no mask_rcnn on nat_nano with 10 classes"),
+    ],
+)
+def test_only_whole_models_are_evaluated(overrides: list[str], words: str, runs: dict[str, dict[str, Any]]) -> None:
+    """A head that was drawn at random has no numbers."""
+    run = [f"run={runs['detection']['run_dir']}", *overrides]
+    config = door.compose("eval", EvalConfig, run)
+    with pytest.raises(CheckpointMismatchError, match=words) as caught:
+        evaluation.evaluate(config, door.touched(run))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_classifier_is_no_detector(tmp_path: Path) -> None:
+    import nearfield
+    from nearfield import checkpoints
+
+    weights = tmp_path / "nat_nano_128.safetensors"
+    checkpoints.save(nearfield.create_model("nat_nano_128", num_classes=10).state_dict(), weights, {})
+    run = ["task=detection", "data=scenes", "model=nat_nano_128", f"checkpoint={weights}", f"paths.runs={tmp_path}"]
+    with pytest.raises(CheckpointMismatchError, match=r"is a backbone alone, no mask_rcnn"):
+        evaluation.evaluate(door.compose("eval", EvalConfig, [*run, "data.num_images=4"]), door.touched(run))
 
 
 @pytest.mark.parametrize("head", ["faster_rcnn", "retinanet", "fcos", "cascade_mask_rcnn"])

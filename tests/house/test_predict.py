@@ -353,7 +353,7 @@ def test_mistakes_are_one_line(
     assert "is of mask_rcnn" in fails(picture, "--checkpoint", detector[1], "--head", "fcos")
     assert "no best.safetensors" in fails(picture, "--checkpoint", detector[1], "--weights", "best")
     assert "say --num-classes" in fails(picture, "--checkpoint", weights, "--task", "detection")
-    assert "is no upernet" in fails(picture, "--checkpoint", weights, "--head", "upernet", "--num-classes", 4)
+    assert "no upernet" in fails(picture, "--checkpoint", weights, "--head", "upernet", "--num-classes", 4)
     assert "--threshold" in fails(picture, "--checkpoint", weights, "--threshold", 2)
     assert "--size" in fails(picture, "--checkpoint", weights, "--size", "big")
     assert "--topk" in fails(picture, "--checkpoint", weights, "--topk", 0)
