@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
+# Processes that run tests side by side, each on one thread; files are not split. JOBS=0 runs all in one.
+JOBS ?= 2
+
 BIN = $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest -c tests/pytest.ini
+PYTEST = $(BIN)/python -m pytest -c tests/pytest.ini -n $(JOBS) --dist loadfile
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = pyproject.toml constraints.txt
 
@@ -54,7 +57,7 @@ test-fast: $(VENV)/.installed-test
 	$(call run_tests, and not slow)
 
 test-gpu: $(VENV)/.installed-test
-	env -u TRITON_INTERPRET $(PYTEST) tests -m "gpu and not slow" $(ARGS)
+	env -u TRITON_INTERPRET $(PYTEST) -n 0 tests -m "gpu and not slow" $(ARGS)
 
 # mypy needs the root under the package's name; the link gives it that without a copy.
 lint: $(VENV)/.installed-dev

@@ -1,4 +1,4 @@
-"""Settings shared by every test: two threads, a fixed seed, no network; and which process a kernel's tests need."""
+"""Settings shared by every test: threads, a fixed seed, no network; and which process a kernel's tests need."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 from torch import Tensor
+
+# two threads, or one in each of the processes that pytest-xdist starts
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+if THREADS == 1:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for programs that a test starts
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 PYTEST = "python -m pytest -c tests/pytest.ini"
@@ -43,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
 
 
