@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerScale, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Pattern, local_attention, resize_table
+from .products import Mlp, linear
 
 Pair = tuple[int, int]
 Size = int | Pair
@@ -187,7 +188,7 @@ class LocalAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, dim)."""
         H, W = x.shape[1:3]
         height, width = self.padded(H, W)
-        qkv = self.qkv(pad_map(x, height, width)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = linear(self.qkv, pad_map(x, height, width)).unflatten(-1, (3, self.num_heads, -1))
         x = local_attention(
             qkv,
             None,
@@ -196,7 +197,7 @@ class LocalAttention(nn.Module):
             bias=self.position_bias(height, width),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        return self.proj_drop(self.proj(x[:, :H, :W].flatten(3)))
+        return self.proj_drop(linear(self.proj, x[:, :H, :W].flatten(3)))
 
 
 class Block(nn.Module):
