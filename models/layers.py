@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Pattern, local_attention, resize_table
-from .products import Mlp, linear
+from .products import Mlp, add_mlp, linear
 
 Pair = tuple[int, int]
 Size = int | Pair
@@ -245,7 +245,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return add_mlp(x, self.norm2, self.mlp, self.ls2, self.drop_path2)
 
 
 class Stage(nn.Module):

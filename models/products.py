@@ -6,7 +6,7 @@ module more than its formula (a hook, a subclass in its place, a tensor of anoth
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import timm.layers
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-__all__ = ["Mlp", "linear"]
+__all__ = ["Mlp", "add_mlp", "linear"]
 
 FEW_TOKENS = 128  # below, oneDNN spends more on laying out the weights than it saves
 PIECE_BYTES = 4 << 20  # hidden activations of a piece, for each thread
@@ -49,28 +49,52 @@ class Mlp(timm.layers.Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        if not _inference(x) or not self._is_plain():
+        if not _inference(x) or not self.is_plain():
             return super().forward(x)
         tokens = x.reshape(-1, x.shape[-1])
         out = x.new_empty(len(tokens), self.fc2.out_features)
-        threads = torch.get_num_threads()
-        most = threads * max(PIECE_TOKENS, PIECE_BYTES // (self.fc1.out_features * x.itemsize))
-        pieces = -(-len(tokens) // most)
-        size = -(-len(tokens) // pieces)
+        size = _piece(tokens, self.fc1.out_features)
         for piece, part in zip(out.split(size), tokens.split(size), strict=True):
             piece.copy_(_product(_product(part, self.fc1, self.act), self.fc2))
         return out.view(*x.shape[:-1], -1)
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether two products with a GELU between them are all there is to compute."""
         drops = (self.drop1, self.drop2)
         return (
-            _bare(self.fc1, nn.Linear)
+            _bare(self, Mlp)
+            and _bare(self.fc1, nn.Linear)
             and _bare(self.fc2, nn.Linear)
             and _bare(self.act, nn.GELU)
             and _bare(self.norm, nn.Identity)
             and all(_bare(drop, nn.Dropout) and not (drop.training and drop.p) for drop in drops)
         )
+
+
+def add_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module, scale: nn.Module, drop: nn.Module) -> Tensor:
+    """``x + drop(scale(mlp(norm(x))))``, stored in x itself in inference on a CPU: nobody else may need it."""
+    plain = (
+        _inference(x)
+        and x.is_contiguous()
+        and _bare(norm, nn.LayerNorm, timm.layers.LayerNorm)
+        and isinstance(mlp, Mlp)
+        and mlp.is_plain()
+        and _bare(scale, nn.Identity, timm.layers.LayerScale)
+        and _bare(drop, nn.Identity, timm.layers.DropPath)
+        and not drop.training
+    )
+    if not plain:
+        return x + drop(scale(mlp(norm(x))))
+    tokens = x.view(-1, x.shape[-1])
+    for piece in tokens.split(_piece(tokens, cast(Mlp, mlp).fc1.out_features)):
+        piece.add_(scale(mlp(norm(piece))))
+    return x
+
+
+def _piece(tokens: Tensor, hidden: int) -> int:
+    """Tokens at a time of an MLP with so many hidden channels, about the same in every piece."""
+    most = torch.get_num_threads() * max(PIECE_TOKENS, PIECE_BYTES // (hidden * tokens.itemsize))
+    return -(-len(tokens) // -(-len(tokens) // most))
 
 
 def _inference(x: Tensor) -> bool:
@@ -89,10 +113,10 @@ def _inference(x: Tensor) -> bool:
     )
 
 
-def _bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of this very class, nothing is hooked to it and its parameters are ordinary ones."""
+def _bare(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of these very classes, without hooks and with ordinary parameters."""
     return (
-        type(module) is kind
+        type(module) in kinds
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         and all(
             type(p) is nn.Parameter and p.dtype == torch.float32 for p in module._parameters.values() if p is not None
