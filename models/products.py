@@ -47,6 +47,9 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 class Mlp(timm.layers.Mlp):
     """timm's MLP; its hidden activations never exist as a whole in inference on a CPU."""
 
+    fc1: Any
+    fc2: Any
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         if not _inference(x) or not self.is_plain():
