@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerScale, trunc_normal_
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import Pattern, local_attention, resize_table
 from .arguments import check_heads, check_stem_stride
+from .products import Mlp, add_mlp, linear
 
 Pair = tuple[int, int]
 Size = int | Pair
@@ -259,7 +260,7 @@ class LocalAttention(PositionTables):
         """(B, H, W, dim) -> (B, H, W, dim)."""
         H, W = x.shape[1:3]
         height, width = self.padded(H, W)
-        qkv = self.qkv(pad_map(x, height, width)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = linear(self.qkv, pad_map(x, height, width)).unflatten(-1, (3, self.num_heads, -1))
         x = local_attention(
             qkv,
             None,
@@ -268,7 +269,7 @@ class LocalAttention(PositionTables):
             bias=self.position_bias(height, width),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        return self.proj_drop(self.proj(crop_map(x.flatten(3), H, W)))
+        return self.proj_drop(linear(self.proj, crop_map(x.flatten(3), H, W)))
 
 
 class Block(nn.Module):
@@ -316,7 +317,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return add_mlp(x, self.norm2, self.mlp, self.ls2, self.drop_path2)
 
 
 class Stage(nn.Module):

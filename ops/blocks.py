@@ -18,7 +18,7 @@ from torch import Tensor
 from .cache import SCHEDULES
 from .curves import curve_order
 from .patterns import Pattern
-from .tiles import Band, Span, Tile, make_plan
+from .tiles import Band, Span, Stack, Tile, make_plan
 
 __all__ = ["Block", "Curve", "Place", "Raster", "Workspace", "cut_blocks"]
 
@@ -68,9 +68,20 @@ class Block:
     @cached_property
     def tiles(self) -> tuple[tuple[Tile, Place], ...]:
         """Row tiles and where the queries of each lie."""
-        rows, columns, spacing = self.queries.rows, self.queries.columns, self.queries.spacing
-        parts = (Span(rows.start + t.query * rows.step, t.shape.queries, rows.step) for t in self.row.tiles)
-        return tuple((t, Place(part, columns, spacing)) for t, part in zip(self.row.tiles, parts, strict=True))
+        return tuple((t, self._part(t.query, t.shape.queries)) for t in self.row.tiles)
+
+    @cached_property
+    def stacks(self) -> tuple[tuple[Stack, Place], ...]:
+        """What one call of attention each computes, and where its queries lie: of a single run the stacks of tiles."""
+        if self.counts == (1, 1, 1):
+            stacks = self.row.stacks
+            return tuple((s, self._part(s.tile.query, s.count * s.tile.shape.queries)) for s in stacks)
+        return tuple((Stack(tile), place) for tile, place in self.tiles)
+
+    def _part(self, query: int, length: int) -> Place:
+        rows = self.queries.rows
+        part = Span(rows.start + query * rows.step, length, rows.step)
+        return Place(part, self.queries.columns, self.queries.spacing)
 
 
 @lru_cache(maxsize=256)
@@ -83,10 +94,13 @@ def cut_blocks(
     token_bytes: int,
     one_image: bool,
     score_bytes: int = 4,
+    stacked: bool = False,
 ) -> tuple[Block, ...]:
     """All blocks of a plan, cut so that each fits the cache: whole batch, else one image, else fewer runs.
 
-    token_bytes, score_bytes: bytes of a token's, and of a score's, heads.
+    Args:
+        token_bytes, score_bytes: bytes of a token's, and of a score's, heads.
+        stacked: a pass that computes stacks of tiles in one call: blocks are single runs where that takes fewer calls.
     """
     plan, blocks = make_plan(pattern, height, width, tile), []
     for column in plan.columns:
@@ -99,6 +113,9 @@ def cut_blocks(
             ny = min(row.count, max(1, fit // nx)) if nx == column.count else 1
             nb = min(batch, fit // (nx * ny)) if ny == row.count else 1
             nb = 1 if one_image else max(1, nb)
+            runs = batch * row.count * column.count
+            if stacked and runs * len(row.stacks) < -(-runs // (nb * ny * nx)) * len(row.tiles):
+                nb = ny = nx = 1
             blocks += [
                 Block(row, column, (b, min(b + nb, batch)), (y, min(y + ny, row.count)), (x, min(x + nx, column.count)))
                 for b in range(0, batch, nb)

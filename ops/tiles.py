@@ -15,7 +15,7 @@ import numpy as np
 
 from .patterns import Axis, Pattern, resolve
 
-__all__ = ["Band", "Plan", "Span", "Tile", "TileShape", "axis_bands", "inverse_axis", "make_plan", "waste"]
+__all__ = ["Band", "Plan", "Span", "Stack", "Tile", "TileShape", "axis_bands", "inverse_axis", "make_plan", "waste"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,18 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """`count` neighbouring tiles of one shape, each `shape.queries` queries and `key_step` keys after the one before.
+
+    Its first tile stands for all of them.
+    """
+
+    tile: Tile
+    count: int = 1
+    key_step: int = 0
+
+
+@dataclass(frozen=True)
 class Band:
     """`count` alike runs of tiles, `query_spacing` and `key_spacing` coordinates apart, each read as one block."""
 
@@ -97,6 +109,20 @@ class Band:
     count: int = 1
     query_spacing: int = 0
     key_spacing: int = 0
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The tiles of a run, with those joined that look alike and are evenly spaced."""
+        stacks: list[Stack] = []
+        for tile in self.tiles:
+            if stacks:
+                first, count, key_step = stacks[-1].tile, stacks[-1].count, stacks[-1].key_step
+                gap = tile.key - first.key
+                if tile.shape == first.shape and (count == 1 or gap == count * key_step):
+                    stacks[-1] = Stack(first, count + 1, gap if count == 1 else key_step)
+                    continue
+            stacks.append(Stack(tile))
+        return tuple(stacks)
 
     @cached_property
     def disjoint_every(self) -> int:

@@ -23,7 +23,7 @@ from .blocks import Block, Curve, Place, Raster, Workspace, cut_blocks
 from .patterns import Pattern, resolve
 from .scores import tile_scores
 from .tile_math import attend, dropout_masks, score_gradients
-from .tiles import Band, axis_bands, make_plan
+from .tiles import Band, Stack, axis_bands, make_plan
 
 __all__ = ["backward", "choose_tile", "forward"]
 
@@ -34,8 +34,10 @@ TILE_QUERIES = 14  # what reading the keys of a tile costs, in queries
 
 
 @lru_cache(maxsize=1024)
-def choose_tile(pattern: Pattern, height: int, width: int, runs: int) -> tuple[int, int]:
+def choose_tile(pattern: Pattern, height: int, width: int, runs: int, stacked: int = 0) -> tuple[int, int]:
     """Query tile (rows, columns) with the least estimated work for `runs` = batch * heads.
+
+    stacked: images, in a pass that computes stacks of tiles in one call; 0 in one that computes every tile alone.
 
     The estimate counts scores, reads of keys, copied tokens and calls; its constants were fitted to measured times.
     """
@@ -44,7 +46,7 @@ def choose_tile(pattern: Pattern, height: int, width: int, runs: int) -> tuple[i
     columns = {tx: axis_bands(resolved.x, tx, split=True) for tx in _candidates(resolved.x.queries)}
     tiles = sorted(product(rows, columns))
     narrow = [t for t in tiles if _most_scores(rows[t[0]], columns[t[1]]) <= TILE_SCORES] or tiles[:1]
-    return min(narrow, key=lambda tile: _cost(rows[tile[0]], columns[tile[1]], runs))
+    return min(narrow, key=lambda tile: _cost(rows[tile[0]], columns[tile[1]], runs, stacked))
 
 
 def _candidates(n: int) -> list[int]:
@@ -57,7 +59,7 @@ def _most_scores(rows: tuple[Band, ...], columns: tuple[Band, ...]) -> int:
     return prod(max(s.queries for s in shapes) * max(s.keys for s in shapes) for shapes in sides)
 
 
-def _cost(rows: tuple[Band, ...], columns: tuple[Band, ...], runs: int) -> float:
+def _cost(rows: tuple[Band, ...], columns: tuple[Band, ...], runs: int, stacked: int) -> float:
     cost = 0.0
     for row in rows:
         for column in columns:
@@ -67,7 +69,11 @@ def _cost(rows: tuple[Band, ...], columns: tuple[Band, ...], runs: int) -> float
             cost += alike * tokens * COPY_SCORES
             for tile in row.tiles:
                 queries, keys = tile.shape.queries * x.queries, tile.shape.keys * x.keys
-                cost += alike * (queries + TILE_QUERIES) * keys + CALL_SCORES
+                cost += alike * (queries + TILE_QUERIES) * keys
+            calls = len(row.tiles)
+            if stacked:
+                calls = min(calls, stacked * row.count * column.count * len(row.stacks))
+            cost += calls * CALL_SCORES
     return cost
 
 
@@ -75,7 +81,14 @@ class _Work:
     """What both passes share: the blocks, the layout, the bias."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Tensor | None, rel_x: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: Pattern,
+        bias: Tensor | None,
+        rel_x: Tensor | None,
+        stacked: bool = False,
     ) -> None:
         size = (k.shape[1], k.shape[2])
         resolved = resolve(pattern, *size)
@@ -83,10 +96,12 @@ class _Work:
         self.scores, kind = tile_scores(bias, rel_x, resolved, self.compute, q)
         self.heads = q.shape[3]
         one_image = kind is BiasKind.POSITIONS  # its masks differ from run to run, so images are not joined
-        tile = choose_tile(pattern, *size, self.heads * (1 if one_image else q.shape[0]))
+        self.stacked = stacked and not one_image
+        images = 1 if one_image else q.shape[0]
+        tile = choose_tile(pattern, *size, self.heads * images, images if self.stacked else 0)
         token_bytes = self.heads * max(q.shape[4], v.shape[4]) * self.compute.itemsize
         score_bytes = self.heads * self.compute.itemsize
-        self.blocks = cut_blocks(pattern, *size, tile, q.shape[0], token_bytes, one_image, score_bytes)
+        self.blocks = cut_blocks(pattern, *size, tile, q.shape[0], token_bytes, one_image, score_bytes, self.stacked)
         self.exclusive = make_plan(pattern, *size, tile).exclusive
         self.layout = Raster() if pattern.curve is None else Curve(pattern.curve, *size)
         self.space = Workspace(self.compute, q.device)
@@ -139,6 +154,17 @@ class _Parts:
         return list(zip(("q", "k", "v"), self.apart, places, strict=False))
 
 
+def _stacked(t: Tensor, first: int, length: int, count: int, step: int) -> Tensor:
+    """Tokens [first, first + length) of (n, tokens, h, d), and of n = 1 `count` such pieces `step` apart, heads first.
+
+    A view (n or count, h, length, d), its pieces overlapping where `step` is less than `length`.
+    """
+    run, token, head, channel = t.stride()
+    size, outer = (len(t), run) if count == 1 else (count, step * token)
+    shape, strides = (size, t.shape[2], length, t.shape[3]), (outer, head, token, channel)
+    return t.as_strided(shape, strides, t.storage_offset() + first * token)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rel_x: Tensor | None,
     pattern: Pattern, scale: float, dropout_p: float, seed: Tensor | None, need_lse: bool = True,
@@ -147,7 +173,9 @@ def forward(
 
     The second is empty where `need_lse` is False.
     """
-    work = _Work(q, k, v, pattern, bias, rel_x)
+    # with dropout the backward pass draws its masks again, tile by tile; other devices would hold a stack's scores
+    stacked = q.device.type == "cpu" and dropout_p == 0.0
+    work = _Work(q, k, v, pattern, bias, rel_x, stacked)
     layout, space, parts = work.layout, work.space, _Parts(q, k, v)
     out = q.new_empty(*q.shape[:4], v.shape[4])
     lse = torch.empty(q.shape[:4] if need_lse else 0, dtype=work.compute, device=q.device)
@@ -156,15 +184,18 @@ def forward(
         pieces = parts.of(block, block.same_place)
         qs, ks, vs = (t for n, piece, at in pieces for t in space.tokens(n, layout.read(piece, block, at)).unbind(2))
         wq, wk = block.queries.columns.length, block.keys.columns.length
-        for tile, place in block.tiles:
-            rows = tile.shape
-            qt = qs[:, tile.query * wq : (tile.query + rows.queries) * wq].transpose(1, 2)
-            kt = ks[:, tile.key * wk : (tile.key + rows.keys) * wk].transpose(1, 2)
-            vt = vs[:, tile.key * wk : (tile.key + rows.keys) * wk].transpose(1, 2)
+        calls = block.stacks if work.stacked else [(Stack(tile), place) for tile, place in block.tiles]
+        for stack, place in calls:
+            tile, rows = stack.tile, place.rows.length
+            n = tile.shape.queries
+            qt = _stacked(qs, tile.query * wq, n * wq, stack.count, n * wq)
+            kt, vt = (
+                _stacked(t, tile.key * wk, tile.shape.keys * wk, stack.count, stack.key_step * wk) for t in (ks, vs)
+            )
             mask = work.scores.mask(block, tile, qt)
             o, s = attend(qt, kt, vt, mask, scale, keep)
-            size = (*block.counts, rows.queries, wq, work.heads)
-            if out.shape[:3] == (block.counts[0], rows.queries, wq) and o.dtype == out.dtype:  # one tile is all
+            size = (*block.counts, rows, wq, work.heads)
+            if out.shape[:3] == (block.counts[0], rows, wq) and o.dtype == out.dtype:  # one tile is all
                 out = o.transpose(1, 2).reshape(out.shape).contiguous()
                 lse = s.transpose(1, 2).reshape(lse.shape).contiguous() if need_lse else lse
                 continue

@@ -101,7 +101,7 @@ def model_cases(quick: bool) -> list[Case]:
 def memory_rows(quick: bool) -> list[Row]:
     """Peak memory of NAT-T's forward pass at a large size, against timm's Swin-T."""
     size = 256 if quick else 1024
-    ours, theirs = measured("nat_tiny", size), measured(TIMM_SWIN, size)
+    ours, theirs = measured("nat_tiny", (size, size)), measured(TIMM_SWIN, (size, size))
     name = f"peak memory of NAT-T forward, one image at {size}"
     return [Row(name, "timm's Swin-T", ours, theirs, ours / theirs, 1.2, "MiB", "most", METHOD)]
 

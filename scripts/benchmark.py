@@ -24,6 +24,7 @@ from typing import Any
 import nearfield
 import timm
 import torch
+from _bench_dense import dense_rows
 from _bench_models import memory_rows, model_cases, scaling_rows, throughput
 from _bench_ops import neighborhood_cases, window_cases
 from _bench_timing import Case, Row, WrongResult, compare, grid, table
@@ -42,6 +43,7 @@ SECTIONS: dict[str, tuple[Section, int]] = {
     "models": (_timed(model_cases), 5),
     "memory": (lambda quick, rounds: memory_rows(quick), 1),
     "scaling": (scaling_rows, 3),
+    "dense": (dense_rows, 5),
 }
 
 

@@ -54,6 +54,21 @@ def test_unknown_section_is_refused_with_the_known_ones() -> None:
     assert "neighborhood, window, models" in done.stderr
 
 
+def test_dense_part_compares_time_and_memory() -> None:
+    done = run("--quick", "--rounds", "1", "--only", "dense")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [(row["name"].split(" +")[0], row["unit"], row["bound"]) for row in rows] == [
+        ("Swin-T", "ms", "least"),
+        ("NAT-T", "ms", "least"),
+        ("peak memory of Swin-T", "MiB", "most"),
+        ("peak memory of NAT-T", "MiB", "most"),
+    ]
+    for row in rows:
+        better = row["peer"] / row["ours"] if row["bound"] == "least" else row["ours"] / row["peer"]
+        assert row["ratio"] == pytest.approx(better)
+
+
 @pytest.mark.slow
 def test_model_table_names_the_backend() -> None:
     done = run("--model", "nat_nano,swin_nano", "--backend", "torch,reference", "--batch", "1", "--rounds", "1")

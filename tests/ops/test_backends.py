@@ -33,6 +33,7 @@ from ops_helpers import (
     Case,
     assert_exact,
     assert_within_rounding,
+    bias_shapes,
     ident,
     kinds_of,
     make_case,
@@ -531,3 +532,23 @@ def test_poisoned_memory_is_seen(poisoned: list[int]) -> None:
     assert torch.empty_like(torch.ones(3)).isnan().all()
     assert torch.ones(2).new_empty(3).isnan().all()
     assert poisoned == [3, 3, 3]
+
+
+@pytest.mark.parametrize("layout", ["packed", "apart"])
+@pytest.mark.parametrize(
+    "pattern", [Neighborhood(7), Neighborhood(5, dilation=2), Slide(7), HilbertNeighborhood(9)], ids=ident
+)
+def test_tiles_computed_together_on_tall_maps(monkeypatch: pytest.MonkeyPatch, pattern: Pattern, layout: str) -> None:
+    """Tiles of one column go through one call where that saves calls: rows of many tiles, few columns."""
+    size, tile = (100, 12), (2, 12)
+    monkeypatch.setattr(torch_tiles, "choose_tile", lambda *_: tile)
+    torch.manual_seed(0)
+    qkv = torch.randn(1, *size, 3, 2, 8)
+    parts = (qkv, None, None) if layout == "packed" else qkv.unbind(3)
+    for kind in kinds_of(pattern):
+        tables = [torch.randn(shape) for shape in bias_shapes(pattern, *size, 2, 8, kind)]
+        bias: Any = {0: None, 1: tables[0] if tables else None, 2: tuple(tables)}[len(tables)]
+        got, want = (local_attention(*parts, pattern, bias=bias, backend=name) for name in ("torch", "reference"))
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    cut = blocks.cut_blocks(pattern, *size, tile, 1, 64, False, 8, True)
+    assert any(stack.count > 1 for block in cut for stack, _ in block.stacks)

@@ -221,3 +221,17 @@ def test_equal_shapes_are_one_object() -> None:
     bands = axis_bands(Neighborhood(7).axis(200, 0), 4, split=False)
     shapes = [tile.shape for band in bands for tile in band.tiles]
     assert len({id(s) for s in shapes}) == len(set(shapes)) < 8
+
+
+@pytest.mark.parametrize("n", [9, 30, 61])
+def test_stacks_are_the_tiles_of_a_band(n: int) -> None:
+    for pattern in (Neighborhood(7), Neighborhood(5, dilation=2), Window(7, 3)):
+        for band in axis_bands(pattern.axis(n, 0), 4, split=False):
+            tiles = [
+                (stack.tile.query + i * stack.tile.shape.queries, stack.tile.key + i * stack.key_step, stack.tile.shape)
+                for stack in band.stacks
+                for i in range(stack.count)
+            ]
+            assert tiles == [(tile.query, tile.key, tile.shape) for tile in band.tiles]
+    (band,) = axis_bands(Neighborhood(7).axis(61, 0), 4, split=False)
+    assert len(band.stacks) <= 4 < len(band.tiles)
