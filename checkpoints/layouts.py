@@ -40,8 +40,9 @@ class FlippedTable:
 
     Published: (rows, heads), row = (yq-yk+wy-1) * (2*wx-1) + (xq-xk+wx-1), query minus key (Swin, section 3.2 and its
     code; HWT alike). Ours: entry [head, dy+wy-1, dx+wx-1] with (dy, dx) = key - query. The window is the one of the
-    expected shape when the rows fit it, a square one otherwise: a table of another size keeps its size and is resized
-    by the model that takes it. Where no shape is expected, a window that is not square stays unknown: a single row.
+    expected shape when the rows fit it (and those of the file's other tables do: ``_table_shapes``), a square one
+    otherwise: a table of another size keeps its size and is resized by the model that takes it. Where no shape is
+    expected, a window that is not square stays unknown: a single row.
     """
 
     def to_ours(self, tensor: Tensor, shape: torch.Size | None) -> Tensor:
@@ -65,6 +66,41 @@ class FlippedTable:
     def to_theirs(self, tensor: Tensor) -> Tensor:
         """(heads, 2*wy-1, 2*wx-1) -> (rows, heads)."""
         return tensor.flip(1, 2).permute(1, 2, 0).flatten(0, 1).contiguous()
+
+
+def _table_shapes(
+    tables: Mapping[str, str], state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
+) -> Mapping[str, torch.Size]:
+    """The shapes at which ``FlippedTable`` reads the tables of a file: ``expected``, where the file can be meant.
+
+    A table may have as many rows as the oblong one of the model and still be that of a square window. The other tables
+    of the file tell: it is of this model if all have the rows of its own and one has those of no square.
+
+    Args:
+        tables: published key by our name.
+        state: the file.
+        expected: shapes of the model's own keys.
+
+    Raises:
+        CheckpointMismatch: nothing tells.
+    """
+    shapes = {name: expected[name] for name in tables if name in expected and len(expected[name]) == 3}
+    rows = {name: state[tables[name]].shape[:1].numel() for name in shapes}
+    sides = {name: math.isqrt(count) for name, count in rows.items()}
+    fitting = {name for name, (_, height, width) in shapes.items() if height * width == rows[name]}
+    of_no_square = {name for name, count in rows.items() if sides[name] ** 2 != count}
+    doubtful = [name for name in shapes if name in fitting - of_no_square and shapes[name][1] != shapes[name][2]]
+    if not doubtful:
+        return expected
+    if fitting == shapes.keys():
+        if of_no_square:
+            return expected
+        (_, height, width), side = shapes[doubtful[0]], sides[doubtful[0]]
+        raise CheckpointMismatch(
+            f"{tables[doubtful[0]]}: {side**2} rows are a table of {side} x {side} or of {height} x {width}, as the "
+            "model has: load into a model with the window of the file, then call set_input_size"
+        )
+    return {**expected, **{name: torch.Size((shapes[name][0], sides[name], sides[name])) for name in doubtful}}
 
 
 @dataclass(frozen=True)
@@ -213,28 +249,36 @@ class Layout:
         Raises:
             CheckpointMismatch: two published keys have one name here, or a table has no sensible size.
         """
-        out: dict[str, Tensor] = {}
-        for key, tensor in state.items():
+        renamed: dict[str, tuple[str, Transform | None]] = {}
+        for key in state:
             if any(_template(text).match(key) is not None for text in self.drops):
                 continue
-            name, transform = key, None
-            for rule in self.rules:
-                renamed = rule.rename(key)
-                if renamed is not None:
-                    name, transform = renamed, rule.transform
-                    break
-            if name in out:
+            name, transform = self._rename(key)
+            if name in renamed:
                 raise CheckpointMismatch(
                     f"layout {self.name}: published key {key} and another one are both {name} here; "
                     "the file mixes two layouts"
                 )
+            renamed[name] = key, transform
+        tables = {name: key for name, (key, transform) in renamed.items() if isinstance(transform, FlippedTable)}
+        shapes = _table_shapes(tables, state, expected or {})
+        out: dict[str, Tensor] = {}
+        for name, (key, transform) in renamed.items():
+            out[name] = state[key]
             if transform is not None:
                 try:
-                    tensor = transform.to_ours(tensor, expected.get(name) if expected else None)
+                    out[name] = transform.to_ours(state[key], shapes.get(name))
                 except CheckpointMismatch as error:
                     raise CheckpointMismatch(f"{key}: {error}") from None
-            out[name] = tensor
         return out
+
+    def _rename(self, key: str) -> tuple[str, Transform | None]:
+        """Our name of a published key, and how its tensor changes."""
+        for rule in self.rules:
+            name = rule.rename(key)
+            if name is not None:
+                return name, rule.transform
+        return key, None
 
     def to_theirs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our state dict -> the published layout; dropped keys are not made up again."""

@@ -34,15 +34,25 @@ _RULES: dict[str, Rule] = {
 
 
 def check_arguments(**values: Any) -> None:
-    """ValueError for a number that no argument of its name may be; of a sequence, every entry is checked.
+    """ValueError for a value that no argument of its name may be.
 
     None passes: whether an argument may be None is for its annotation to say.
     """
     for name, value in values.items():
-        said, allowed = _RULES[name]
-        entries = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        if not entries or not all(entry is None or allowed(entry) for entry in entries):
-            raise ValueError(f"{name} must be {said}, got {value!r}")
+        if value is not None:
+            _check(name, value, [value])
+
+
+def check_entries(**values: Any) -> None:
+    """As ``check_arguments``, of arguments that are one value or a sequence of them."""
+    for name, value in values.items():
+        _check(name, value, value if isinstance(value, Sequence) and not isinstance(value, str) else [value])
+
+
+def _check(name: str, value: Any, entries: Sequence[Any]) -> None:
+    said, allowed = _RULES[name]
+    if not entries or not all(allowed(entry) for entry in entries):
+        raise ValueError(f"{name} must be {said}, got {value!r}")
 
 
 def stage_count(depths: Sequence[int]) -> int:

@@ -29,6 +29,12 @@ class _Undrawn(TorchFunctionMode):
         return args[0] if func in _DRAWING else func(*args, **(kwargs or {}))
 
 
+def check_task(task: str | None) -> None:
+    """ValueError for a task that is none of ``TASKS``; None is none in particular."""
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task={task!r} must be one of {', '.join(TASKS)}")
+
+
 @dataclass(frozen=True)
 class Variant:
     """A named set of constructor arguments.
@@ -51,8 +57,7 @@ class Variant:
         Raises:
             ValueError: unknown task.
         """
-        if task is not None and task not in TASKS:
-            raise ValueError(f"task={task!r} must be one of {', '.join(TASKS)}")
+        check_task(task)
         return {**self.kwargs, **self.tasks.get(task or "", {})}
 
     def build(self, **overrides: Any) -> Backbone:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import Layout, Rule
 from ..ops import Halo, local_attention, resize_table
-from .arguments import by_name, check_arguments, check_heads, check_stem_stride, stage_count
+from .arguments import by_name, check_arguments, check_entries, check_heads, check_stem_stride, stage_count
 from .backbone import Backbone
 from .layers import Pair, PositionTables, Size, Stage, per_stage, to_pair
 from .registry import register
@@ -395,22 +395,20 @@ class HaloNet(Backbone):
             in_chans=in_chans,
             num_classes=num_classes,
             embed_dim=embed_dim,
-            num_heads=num_heads,
             r_v=r_v,
-            r_b=r_b,
             head_dim=head_dim,
             qk_ratio=qk_ratio,
             expansion=expansion,
             group_width=group_width,
             gate_ratio=gate_ratio,
             num_features=num_features,
-            stem_dims=stem_dims,
             stem_kernel_size=stem_kernel_size,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
         )
+        check_entries(num_heads=num_heads, r_b=r_b, stem_dims=stem_dims)
         if first_stride not in (1, 2):
             raise ValueError(f"first_stride must be 1 or 2, got {first_stride!r}")
         ratios = per_stage("r_b", r_b, stages, pairs=False)

@@ -28,7 +28,7 @@ NormLayer = Callable[[int], nn.Module]
 
 def to_pair(name: str, value: Size) -> Pair:
     """An int or (y, x) pair of positive ints as a pair; ``name`` is for the error."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
         raise ValueError(f"{name} must be a positive int or a (y, x) pair of them, got {value!r}")
     return pair[0], pair[1]

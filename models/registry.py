@@ -201,7 +201,7 @@ def create_model(
         kwargs["img_size"] = img_size
     if variant is None:
         # timm's models have no arguments by task
-        kwargs.pop("task", None)
+        catalog.check_task(kwargs.pop("task", None))
         if timm.is_model(base) or ":" in name:
             return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
         raise ValueError(f"unknown model {name!r}{_nearest(base, [*list_models(), *timm.list_models()])}")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 from timm.layers import calculate_drop_path_rates, get_norm_layer
 from torch import nn
 
-from .arguments import by_name, check_arguments, stage_count
+from .arguments import by_name, check_arguments, check_entries, stage_count
 from .backbone import Backbone
 from .layers import Block, Size, Stage, per_stage
 
@@ -64,8 +64,6 @@ class LocalTransformer(Backbone):
             in_chans=in_chans,
             num_classes=num_classes,
             embed_dim=embed_dim,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
             layer_scale=layer_scale,
             stem_stride=stem_stride,
             drop_rate=drop_rate,
@@ -73,6 +71,7 @@ class LocalTransformer(Backbone):
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
         )
+        check_entries(num_heads=num_heads, mlp_ratio=mlp_ratio)
         norm = by_name("norm_layer", norm_layer, get_norm_layer)
         dims = [embed_dim * 2**i for i in range(count)]
         heads = per_stage("num_heads", num_heads, count, pairs=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +302,46 @@ def test_a_rectangle_that_nobody_expects_comes_back() -> None:
     assert torch.equal(FlippedTable().to_theirs(ours), theirs)
     with pytest.raises(CheckpointMismatch, match=r"45 rows.*13 x 13"):
         FlippedTable().to_ours(theirs, torch.Size((2, 13, 13)))
+
+
+def read_tables(rows: Iterable[int], shapes: Iterable[tuple[int, int]]) -> list[tuple[int, ...]]:
+    """Sizes of the tables that a file with these rows has for a model with tables of these shapes."""
+    table = "layers.{}.blocks.0.attn.relative_position_bias_table"
+    state = {table.format(i): torch.randn(count, 2) for i, count in enumerate(rows)}
+    state["layers.0.downsample.reduction.weight"] = torch.ones(1)
+    names = [f"stages.{i}.blocks.0.attn.rel_pos_bias" for i in range(len(state) - 1)]
+    ours, _ = convert(
+        state, LAYOUTS, {name: torch.Size((2, *shape)) for name, shape in zip(names, shapes, strict=True)}
+    )
+    return [tuple(ours[name].shape[1:]) for name in names]
+
+
+# 225 rows: 15 x 15 of a window of 8, or 9 x 25 of one of 5 x 13
+@pytest.mark.parametrize(
+    ("rows", "shapes", "sizes"),
+    [
+        ((961, 225), ((19, 51), (9, 25)), [(31, 31), (15, 15)]),
+        ((969, 225), ((19, 51), (9, 25)), [(19, 51), (9, 25)]),
+        ((225, 169), ((9, 25), (15, 15)), [(15, 15), (13, 13)]),
+    ],
+)
+def test_rows_of_a_square_and_of_an_oblong_table_are_read_as_the_others_of_the_file(
+    rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...], sizes: list[tuple[int, ...]]
+) -> None:
+    assert read_tables(rows, shapes) == sizes
+    assert read_tables(rows[::-1], shapes[::-1]) == sizes[::-1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "shapes"), [((225,), ((9, 25),)), ((225, 225), ((9, 25),) * 2), ((225, 169), ((9, 25), (13, 13)))]
+)
+def test_rows_of_a_square_and_of_an_oblong_table_are_not_guessed(
+    rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...]
+) -> None:
+    with pytest.raises(CheckpointMismatch, match=r"225 rows.* 15 x 15 .* 9 x 25, .*set_input_size") as error:
+        read_tables(rows, shapes)
+    assert "layers.0.blocks.0.attn.relative_position_bias_table" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(46, 2), (16, 2), (169,), (2, 13, 13)])

@@ -20,6 +20,11 @@ Model = TypeVar("Model", bound=nn.Module)
 _TABLE = re.compile(r"position_bias|rel_pos_bias|relative_position_bias_table|(height|width)_rel$|logit_scale$")
 
 
+def is_nano(name: str) -> bool:
+    """Whether a model is one of this package's own for small images, of which nothing is published."""
+    return re.search(r"_nano(_\d+)?$", name) is not None
+
+
 @cache
 def on_meta(name: str, **options: Any) -> Any:
     """The model of a name, as large as it is, in evaluation mode and without memory; shared, so not to be changed."""

@@ -157,6 +157,8 @@ def test_a_task_changes_nothing_else_and_an_argument_wins_over_it() -> None:
     assert dilations(model) == [list(stage) for stage in ones]
     with pytest.raises(ValueError, match=r"^task='pose' must be one of classification, detection, segmentation$"):
         nearfield.create_model("nat_nano", task="pose")
+    with pytest.raises(ValueError, match=r"^task='pose' must be one of classification, detection, segmentation$"):
+        nearfield.create_model("test_resnet", task="pose")
 
 
 def test_a_saved_model_remembers_its_task(tmp_path: Path) -> None:

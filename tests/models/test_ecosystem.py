@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from model_helpers import is_nano
 from nearfield.models import Backbone, catalog, export_state_dict
 from timm.models._features import FeatureGetterNet, FeatureHookNet
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def _first_of_each_family() -> list[str]:
     """Names, one for each class, without those for small images."""
     first: dict[type, str] = {}
     for variant in catalog.variants():
-        if not variant.name.endswith("_nano"):
+        if not is_nano(variant.name):
             first.setdefault(variant.family, variant.name)
     return list(first.values())
 

@@ -7,9 +7,9 @@ from typing import Any
 import nearfield
 import pytest
 from figures import PRINTED
-from model_helpers import multiply_adds, on_meta
+from model_helpers import is_nano, multiply_adds, on_meta
 
-MODELS = [name for name in nearfield.list_models() if not name.endswith("_nano")]
+MODELS = [name for name in nearfield.list_models() if not is_nano(name)]
 # seconds each: deep, and drawn weight by weight even without memory
 LONG = ("large", "base_384", "base_512", "window24")
 

@@ -322,3 +322,27 @@ def test_spare_rows_that_nothing_tells_are_not_guessed(small: Small) -> None:
     ) as caught:
         small("halonet_50ts", block_size=10).load_state_dict(state)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_square_windows_is_not_taken_for_one_of_oblong_windows(small: Small) -> None:
+    # 225 rows: windows of 8 x 8, or of 5 x 13
+    square = randomise(small("maxvit_nano_rw", img_size=256))
+    oblong = small("maxvit_nano_rw", img_size=(160, 416))
+    state = export_state_dict(square, "timm")
+    with pytest.raises(checkpoints.CheckpointMismatch, match=r"225 rows.*set_input_size"):
+        oblong.load_state_dict(state)
+    square.set_input_size((160, 416))
+    oblong.load_state_dict(square.state_dict())
+    assert same(square, oblong)
+
+
+def test_a_file_of_another_map_is_not_taken_for_one_of_oblong_maps(small: Small) -> None:
+    # 225 rows are those of the last stage: maps of 8 x 8, or of 5 x 13
+    square = randomise(small("hwt_tiny", img_size=256))
+    oblong = small("hwt_tiny", img_size=(160, 416))
+    oblong.load_state_dict(export_state_dict(square, "hilbert"))
+    square.set_input_size((160, 416))
+    assert same(square, oblong)
+    again = small("hwt_tiny", img_size=(160, 416))
+    again.load_state_dict(export_state_dict(square, "hilbert"))
+    assert same(square, again)

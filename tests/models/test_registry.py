@@ -16,7 +16,7 @@ from torch import nn
 
 NAMES = set(
     """
-    nat_nano nat_mini nat_tiny nat_small nat_base
+    nat_nano nat_nano_128 nat_mini nat_tiny nat_small nat_base
     dinat_nano dinat_mini dinat_tiny dinat_small dinat_base dinat_large dinat_large_384 dinat_large_384_11x11
     dinat_s_tiny dinat_s_small dinat_s_base dinat_s_large dinat_s_large_384
     biformer_nano biformer_tiny biformer_small biformer_base biformer_stl biformer_stl_nchw
@@ -39,7 +39,14 @@ NAMES = set(
 
 def test_lists_the_promised_names() -> None:
     assert set(nearfield.list_models()) >= NAMES
-    assert nearfield.list_models("nat_*") == ["nat_base", "nat_mini", "nat_nano", "nat_small", "nat_tiny"]
+    assert nearfield.list_models("nat_*") == [
+        "nat_base",
+        "nat_mini",
+        "nat_nano",
+        "nat_nano_128",
+        "nat_small",
+        "nat_tiny",
+    ]
     assert nearfield.list_models(["swin_t*", "nat_m*"]) == ["nat_mini", "swin_tiny"]
     assert nearfield.list_models("no_such_*") == []
 

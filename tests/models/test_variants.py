@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import nearfield
 import pytest
-from model_helpers import on_meta
+from model_helpers import is_nano, on_meta
 from nearfield.models import catalog
 from nearfield.models.layers import LayerScale
 
 FAMILIES = ("nat_*", "dinat_*", "swin_*", "swinv2_*", "biformer_*")
-TRANSFORMERS = [name for family in FAMILIES for name in nearfield.list_models(family) if not name.endswith("_nano")]
+TRANSFORMERS = [name for family in FAMILIES for name in nearfield.list_models(family) if not is_nano(name)]
 SCALED = {"nat_small", "nat_base", "dinat_base"}
 
 
