@@ -80,7 +80,7 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
             class_names=chosen.class_names,
             label_map=chosen.label_map,
             mask_suffix=chosen.mask_suffix,
-            skip_unlabelled=chosen.skip_missing,
+            skip_missing=chosen.skip_missing,
         )
         for split in splits
     }
