@@ -6,7 +6,7 @@ import itertools
 import logging
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,14 @@ class Source:
     in_chans: int
     class_names: list[str] | None = None
     root: str | None = None  # where they were found or made, when the configuration leaves that open
+    reports: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # per split, what was counted when opened
+
+    def lines(self) -> list[str]:
+        """The reports for people: a line a split, without what there is none of."""
+        return [
+            f"{split}: {', '.join(f'{count} {what}' for what, count in report.items() if count)}"
+            for split, report in self.reports.items()
+        ]
 
 
 @dataclass

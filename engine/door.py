@@ -35,6 +35,7 @@ _TAKES_VALUE = _NEEDS_VALUE | {"--info", "-i"}
 _FLAGS = _TAKES_VALUE | {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--run", "-r"}
 _FLAGS |= {"--multirun", "-m", "--shell-completion", "-sc", "--experimental-rerun"}
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
+_OWN_DATA = re.compile(r"\+{0,2}data(\.name)?=(?!scenes$)")
 T = TypeVar("T")
 Job = Callable[[T, list[str]], dict[str, Any]]
 
@@ -90,7 +91,8 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
     `key=value` is allowed for every key of `kind`, also those that no yaml file mentions; `model=NAME` for every model;
     `experiment=` means `+experiment=`; a debug group goes on top of an experiment; a task brings the small data, model
-    and training of its demo (configs/demo), unless there is an experiment to say that.
+    and training of its demo (configs/demo), or, where data are named, what fine-tuning on them starts from
+    (configs/finetune), unless there is an experiment to say that.
 
     Raises:
         ConfigError: an argument that is no flag and no override, or a key that `kind` does not have.
@@ -101,6 +103,7 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     folders = _folders(arguments)
     groups = _groups(kind, folders)
     has_experiment = any(re.match(r"\+{0,2}experiment=", argument) for argument in arguments)
+    brings = "finetune" if any(_OWN_DATA.match(argument) for argument in arguments) else "demo"
     if arguments and arguments[-1] in _NEEDS_VALUE:
         raise ConfigError(f"{arguments[-1]}: its value is missing")
     for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -133,7 +136,7 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             elif group == "task" and not sign and kind is TrainConfig and not has_experiment:
                 out += [
                     argument,
-                    *(f"+demo={value}" for folder in folders if (folder / f"demo/{value}.yaml").is_file()),
+                    *(f"+{brings}={value}" for folder in folders if (folder / f"{brings}/{value}.yaml").is_file()),
                 ]
             elif group == "debug" and has_experiment:
                 last.append(f"+debug@_global_={value}")
@@ -158,7 +161,7 @@ def _groups(kind: type, folders: Iterable[Path]) -> set[str]:
     """The groups of the door whose configuration is `kind`: without those of training if it does not train."""
     groups = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()}
     groups.discard("__pycache__")
-    training = {f.name for f in dataclasses.fields(TrainConfig)} | {"debug", "demo", "experiment"}
+    training = {f.name for f in dataclasses.fields(TrainConfig)} | {"debug", "demo", "experiment", "finetune"}
     return groups if kind is TrainConfig else groups - (training - {f.name for f in dataclasses.fields(kind)})
 
 

@@ -48,6 +48,8 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
     forward = torch.compile(model) if config.compile else None
     started = time.perf_counter()
     with Progress(len(batches)) as progress:
+        for counted in prepared.source.lines():
+            progress.line(counted)
         metrics = loop.evaluate(
             model,
             task,

@@ -92,6 +92,7 @@ class _Run:
         self.metrics: dict[str, float] = {}
         self.plotted = 0.0
         self.meta: dict[str, Any] = {}
+        self.counted: list[str] = []
 
     def begin(self, device: torch.device, dtype: torch.dtype, source: data.Source, how: How) -> None:
         """Write down what is about to happen."""
@@ -109,7 +110,9 @@ class _Run:
             in_chans=source.in_chans,
             preparation=dataclasses.asdict(how),
             class_names=source.class_names if source.class_names and len(source.class_names) <= 1000 else None,
+            counted=source.reports,
         )
+        self.counted = source.lines()
         self.folder.write_meta(self.meta)
         self.loggers = create_loggers(config.logger, self.folder.path, dataclasses.asdict(config))
 
@@ -132,6 +135,8 @@ class _Run:
                 f"{config.model.name} ({size}) on {config.data.name}, {self.epochs} epochs of {per_epoch} batches, "
                 f"{self.meta['device']}, {self.meta['dtype']}; run folder {self.folder.path}"
             )
+            for counted in self.counted:
+                progress.line(counted)
             while state.epoch < self.epochs:
                 epoch = state.epoch
                 task.start_epoch(epoch, self.epochs)

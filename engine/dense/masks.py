@@ -46,7 +46,7 @@ class MaskSet(torch.utils.data.Dataset):
             Every value that is stored must be in it.
         mask_suffix: for `folder`: `_mask` if the mask of cat.jpg is cat_mask.png.
         channels: 1, 3 or 4 channels of the images.
-        skip_unlabelled: leave images without a mask out, counted, instead of refusing them.
+        skip_missing: leave images without a mask out, counted, instead of refusing them.
         transform: applied to (image, mask uint8); can be set later.
 
     Attributes:
@@ -68,7 +68,7 @@ class MaskSet(torch.utils.data.Dataset):
         label_map: Mapping[Any, int] | None = None,
         mask_suffix: str = "",
         channels: int = 3,
-        skip_unlabelled: bool = False,
+        skip_missing: bool = False,
         transform: Transform | None = None,
     ) -> None:
         self.root, self.layout, self.channels, self.transform = Path(root).expanduser(), layout, channels, transform
@@ -88,12 +88,12 @@ class MaskSet(torch.utils.data.Dataset):
             "masks without an image": len(found.spare),
         }
         where = f"{self.root} ({layout}, {split})"
-        if found.unlabelled and not (skip_unlabelled and self.pairs):
+        if found.unlabelled and not (skip_missing and self.pairs):
             image, mask = found.unlabelled[0]
             there = f" (there is {found.spare[0].name})" if found.spare else ""
             raise DataError(
                 f"{image}: no mask {mask}{there}; so it is with {len(found.unlabelled)} of "
-                f"{len(found.unlabelled) + len(self.pairs)} images: add them or leave them out with skip_unlabelled"
+                f"{len(found.unlabelled) + len(self.pairs)} images: add them or leave them out with skip_missing"
             )
         if not self.pairs:
             raise DataError(f"{where}: no images in it")

@@ -52,7 +52,8 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
     if chosen.name != "synthetic":
         check_count(chosen, first.num_classes, first.class_names)
     place = str(root.parent) if drawn else None
-    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names, place)
+    reports = {split: one.report for split, one in sets.items()}
+    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names, place, reports)
 
 
 def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str]) -> Source:
@@ -79,7 +80,7 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
             class_names=chosen.class_names,
             label_map=chosen.label_map,
             mask_suffix=chosen.mask_suffix,
-            skip_unlabelled=chosen.skip_missing,
+            skip_missing=chosen.skip_missing,
         )
         for split in splits
     }
@@ -88,7 +89,8 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
     if len(set(counts.values())) > 1:
         raise DataError(f"data.root={root}: train has {counts['train']} classes, val {counts['val']}")
     place = str(root.parent) if drawn else None
-    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names, place)
+    reports = {split: one.report for split, one in sets.items()}
+    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names, place, reports)
 
 
 def scenes(config: TrainConfig | EvalConfig) -> Path:

@@ -11,7 +11,7 @@ import timm
 import yaml
 from nearfield import list_models
 from nearfield.engine import check, door
-from nearfield.engine.config import EvalConfig, TrainConfig
+from nearfield.engine.config import EvalConfig, TaskConfig, TrainConfig
 from nearfield.engine.errors import ConfigError
 
 FILES = sorted(door.CONFIGS.rglob("*.yaml"))
@@ -73,7 +73,7 @@ def options(group: str) -> list[str]:
 
 
 def test_the_groups_are_those_of_the_design() -> None:
-    wanted = "model data optim sched aug task demo trainer logger paths hardware experiment debug"
+    wanted = "model data optim sched aug task demo finetune trainer logger paths hardware experiment debug"
     assert set(GROUPS) == set(wanted.split())
     assert set(options("debug")) == {"fdr", "overfit", "limit", "profiler"}
 
@@ -92,8 +92,9 @@ def test_a_file_is_composed_and_checked(path: Path) -> None:
         kind = {"eval": EvalConfig}.get(path.stem, TrainConfig)
         config = door.compose("eval" if kind is EvalConfig else "train", kind)
     else:
-        # a demo comes with its task
-        config = door.compose("train", TrainConfig, [f"{'task' if group == 'demo' else group}={path.stem}"])
+        # these come with their task
+        arguments = {"demo": [f"task={path.stem}"], "finetune": [f"task={path.stem}", "data=coco"]}
+        config = door.compose("train", TrainConfig, arguments.get(group, [f"{group}={path.stem}"]))
     again = check.build(type(config), yaml.safe_load(door.to_yaml(config)))
     assert again == config
 
@@ -169,6 +170,22 @@ def test_a_task_brings_its_demo_unless_an_experiment_says_what_is_trained(task: 
     config = door.compose("train", TrainConfig, [f"task={task}", f"experiment={recipe}"])
     assert (config.task.name, config.model.name) == (task, "nat_tiny")
     assert config.data.name == recipe.rsplit("_", 1)[1]
+
+
+@pytest.mark.parametrize(("task", "data"), [("detection", "coco"), ("segmentation", "masks")])
+@pytest.mark.parametrize("spelling", ["data={}", "data.name={}", "++data.name={}"])
+def test_a_task_on_named_data_has_nothing_of_the_demo(task: str, data: str, spelling: str) -> None:
+    config = door.compose("train", TrainConfig, [f"task={task}", spelling.format(data)])
+    plain = check.build(TaskConfig, yaml.safe_load((door.CONFIGS / f"task/{task}.yaml").read_text()))
+    assert config.task == plain
+    assert (config.data.name, config.optim.name, config.optim.lr) == (data, "adamw", 1e-4)
+    assert config.aug.policy == {"detection": "multi_scale", "segmentation": "random_crop"}[task]
+    other = door.compose(
+        "train", TrainConfig, ["optim=sgd", f"data={data}", f"task={task}", "aug=none", "model=nat_tiny"]
+    )
+    assert (other.optim.name, other.aug.no_aug, other.model.name, other.task) == ("sgd", True, "nat_tiny", plain)
+    assert other.optim.lr == door.compose("train", TrainConfig, ["optim=sgd"]).optim.lr
+    assert door.compose("train", TrainConfig, [f"task={task}", "data=scenes"]).task.kwargs["channels"] == 64
 
 
 def test_a_debug_group_lies_on_top_of_an_experiment() -> None:

@@ -186,7 +186,7 @@ def test_splits_outside_and_suffixes(tmp_path: Path) -> None:
     assert np.array_equal(data[0][1].numpy(), stored)
     with pytest.raises(DataError) as error:
         MaskSet(tmp_path, "train", num_classes=3)
-    one_line(error, "a.jpg: no mask", "a.png", "there is a_mask.gif", "1 of 1", "skip_unlabelled")
+    one_line(error, "a.jpg: no mask", "a.png", "there is a_mask.gif", "1 of 1", "skip_missing")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_missing_partners_are_named_or_counted(tmp_path: Path, caplog: pytest.Lo
         MaskSet(tmp_path, num_classes=3)
     one_line(error, "images/train/1.png: no mask", "masks/train/1.png", "2 of 4 images")
     with caplog.at_level(logging.INFO):
-        data = MaskSet(tmp_path, num_classes=3, skip_unlabelled=True)
+        data = MaskSet(tmp_path, num_classes=3, skip_missing=True)
     assert len(data) == 2
     assert data.report == {"images": 2, "images without a mask": 2, "masks without an image": 1}
     assert sum("2 images without a mask, left out" in line for line in caplog.messages) == 1
@@ -309,7 +309,7 @@ def test_a_mask_that_is_gone_is_named_in_every_layout(tmp_path: Path, layout: st
     with pytest.raises(DataError) as error:
         MaskSet(root, **arguments)
     one_line(error, data.pairs[0].image, data.pairs[0].mask, f"1 of {len(data)}")
-    assert len(MaskSet(root, skip_unlabelled=True, **arguments)) == len(data) - 1
+    assert len(MaskSet(root, skip_missing=True, **arguments)) == len(data) - 1
 
 
 def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:

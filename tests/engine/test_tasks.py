@@ -12,6 +12,7 @@ import pytest
 import torch
 from nearfield.engine import data, door, evaluation, fit, loop, tasks
 from nearfield.engine.config import EvalConfig, TrainConfig, TrainerConfig
+from nearfield.engine.dense import sources
 from nearfield.engine.errors import CheckpointMismatchError, ConfigError, DataError
 from nearfield.engine.optim import create_scheduler
 from PIL import Image
@@ -214,6 +215,43 @@ def test_mistakes_are_one_line(overrides: list[str], error: type[Exception], wor
         fit.train(composed(*overrides, *quick, f"paths.runs={tmp_path}"))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*/*/config.yaml"))
+
+
+def test_what_was_counted_and_left_out_is_seen_on_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed(
+        "task=detection",
+        "data.num_images=5",
+        "data.batch_size=2",
+        "data.limit_train_batches=1",
+        "data.limit_val_batches=1",
+        "data.keep_empty=false",
+        "trainer.epochs=1",
+        f"paths.runs={tmp_path}",
+    )
+    path = sources.scenes(config) / "annotations" / "instances_train.json"
+    values = json.loads(path.read_text())
+    emptied = values["images"][0]["id"]
+    values["annotations"] = [one for one in values["annotations"] if one["image_id"] != emptied]
+    values["annotations"][0]["bbox"] = [500, 500, 10, 10]
+    path.write_text(json.dumps(values))
+    run_dir = Path(fit.train(config)["run_dir"])
+    objects = len(values["annotations"])  # with the one that is left out
+    counts = f"1 images without objects, left out, {objects - 1} objects, 1 boxes outside the image, left out"
+    line = f"train: 4 images, {counts}"
+    assert line in capsys.readouterr().out.splitlines()
+    assert line in (run_dir / "train.log").read_text()
+    assert json.loads((run_dir / "meta.json").read_text())["counted"]["val"]["images"] == 1
+
+
+def test_what_is_evaluated_is_counted_on_the_screen(
+    runs: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EvalConfig(run=runs["segmentation"]["run_dir"])
+    config.paths.results = str(tmp_path / "results.csv")
+    evaluation.evaluate(config)
+    assert "val: 2 images" in capsys.readouterr().out.splitlines()
 
 
 def test_categories_of_train_and_val_must_agree(tmp_path: Path) -> None:

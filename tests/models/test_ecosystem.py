@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import nearfield
 import pytest
 import timm
 import torch
 from model_helpers import is_nano
 from nearfield.models import Backbone, catalog, export_state_dict
+from nearfield.models.dense.backbone import DenseBackbone
 from timm.models._features import FeatureGetterNet, FeatureHookNet
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -166,3 +169,67 @@ def test_a_detectors_backbone_loads_published_weights(small: Small, small_kwargs
         maps = backbone.forward_intermediates(x, intermediates_only=True)
         for mine, theirs in zip(maps, model.eval().backbone.body(x), strict=True):
             torch.testing.assert_close(theirs, mine)
+
+
+# --- docs/adapters.md -------------------------------------------------------------------------------------------------
+
+ADAPTERS = re.findall(
+    r"```python\n(.*?)```",
+    (Path(nearfield.__file__).parent / "docs/adapters.md").read_text(encoding="utf-8"),
+    re.DOTALL,
+)
+
+
+def _configurations() -> list[dict[str, Any]]:
+    """Those of mmdetection and mmsegmentation in docs/adapters.md."""
+    found: list[dict[str, Any]] = []
+    for block in ADAPTERS:
+        if "model = dict(" in block:
+            values: dict[str, Any] = {}
+            exec(block, values)
+            found.append(values)
+    return found
+
+
+def _timm_backbone(
+    *, model_name: str, features_only: bool, pretrained: bool, in_channels: int = 3, **kwargs: Any
+) -> nn.Module:
+    """What TIMMBackbone of mmsegmentation 1.2.2 and of mmpretrain 1.2.0 does with its arguments, without weights."""
+    assert pretrained
+    return timm.create_model(
+        model_name=model_name,
+        features_only=features_only,
+        pretrained=False,
+        in_chans=in_channels,
+        checkpoint_path="",
+        **kwargs,
+    )
+
+
+def test_the_documented_configurations_make_the_maps_that_their_heads_take() -> None:
+    kinds = []
+    for values in _configurations():
+        model = values["model"]
+        options = {key: value for key, value in model["backbone"].items() if key != "_delete_"}
+        kinds.append(options.pop("type"))
+        if kinds[-1] == "DenseBackbone":
+            backbone: nn.Module = DenseBackbone(**{**options, "pretrained": False})
+        else:
+            backbone = _timm_backbone(**options)
+            assert "nearfield" in values["custom_imports"]["imports"]
+        with torch.inference_mode():
+            channels = [one.shape[1] for one in backbone.eval()(torch.randn(1, 3, 64, 96))]
+        assert channels == model.get("decode_head", model.get("neck"))["in_channels"]
+        assert model.get("auxiliary_head", {"in_channels": channels[2]})["in_channels"] == channels[2]
+    assert kinds == ["TIMMBackbone", "mmpretrain.TIMMBackbone", "DenseBackbone"]
+
+
+def test_what_a_wrapper_hands_on_reaches_the_model() -> None:
+    model = _timm_backbone(model_name="dinat_mini", features_only=True, pretrained=True, task="detection")
+    plain = timm.create_model("dinat_mini", features_only=True)
+    dilations = [
+        [m.dilation for m in made.modules() if hasattr(m, "dilation") and hasattr(m, "qkv")] for made in (model, plain)
+    ]
+    assert dilations[0] != dilations[1]
+    with pytest.raises(TypeError, match="no argument 'tusk'"):
+        _timm_backbone(model_name="nat_mini", features_only=True, pretrained=True, tusk="detection")
