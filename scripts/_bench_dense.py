@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -31,7 +31,7 @@ class TimmPyramid(nn.Module):
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
-        self.body: Any = timm.create_model(TIMM_SWIN, features_only=True, img_size=size)
+        self.body = cast(Any, timm.create_model(TIMM_SWIN, features_only=True, img_size=size))
         self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), 256, LastLevelMaxPool())
 
     def maps(self, x: Tensor) -> list[Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import data, network
 from ..config import EvalConfig, TaskConfig, TrainConfig
@@ -17,14 +17,15 @@ from ..dense.coco import CocoSet
 from ..dense.coco_metrics import NAMES, PREFIX, CocoMetrics
 from ..dense.drawing import write_detections
 from ..dense.sources import detection_source
+from ..dense.task import DenseTask
 from ..dense.transforms import detection_policy
 from ..task import Curves, Forward, Prepared
 
 HEAD = "mask_rcnn"
 
 
-class Detection:
-    """The task for batches of image lists and target lists, measured against the objects of `val`."""
+class Detection(DenseTask):
+    """The task for batches of image lists and target lists, measured against the objects of a `CocoSet`."""
 
     name = "detection"
     primary = "box_ap"
@@ -35,12 +36,10 @@ class Detection:
     )
     columns: tuple[str, ...] = tuple(f"{prefix}_{name}" for prefix in PREFIX.values() for name in NAMES)
 
-    def __init__(self, config: TaskConfig, val: CocoSet, *, masks: bool) -> None:
-        self.config, self.val, self.masks = config, val, masks
-        self.truth = val.ground_truth()
-
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Nothing changes over the epochs."""
+    def __init__(self, config: TaskConfig, measured: CocoSet, *, masks: bool) -> None:
+        super().__init__(config, measured)
+        self.masks = masks
+        self.truth = measured.ground_truth()
 
     def loss(self, forward: Forward, inputs: list[Tensor], targets: list[dict[str, Any]]) -> Tensor:
         """The sum of the detector's losses: images (C, H, W) in [0, 1], targets as the detector takes them."""
@@ -54,30 +53,12 @@ class Detection:
 
     def metrics(self) -> CocoMetrics:
         """COCO's numbers over the images that are added."""
-        return CocoMetrics(
-            self.truth, ("bbox", "segm") if self.masks else ("bbox",), category_ids=self.val.category_ids
-        )
+        kinds = ("bbox", "segm") if self.masks else ("bbox",)
+        return CocoMetrics(self.truth, kinds, category_ids=self.measured.category_ids)
 
-    def describe(self, metrics: Mapping[str, float]) -> str:
-        """Average precisions as fractions."""
-        return "  ".join(f"{name} {metrics[key]:.3f}" for key, name in self.curves.columns.items() if key in metrics)
-
-    @torch.no_grad()
-    def pictures(self, model: nn.Module, folder: Path, device: torch.device) -> None:
-        """predictions.png: the first images measured, the truth on the left, what the model finds on the right."""
-        count = min(self.config.pictures, len(self.val))
-        if not count:
-            return
-        images, targets = zip(*(self.val[index] for index in range(count)), strict=True)
-        outputs = model.eval()([image.to(device) for image in images])
-        write_detections(
-            folder / "predictions.png",
-            images,
-            outputs,
-            targets,
-            self.val.class_names,
-            threshold=self.config.threshold,
-        )
+    def draw(self, path: Path, images: Sequence[Any], outputs: Sequence[Any], targets: Sequence[Any]) -> None:
+        """The truth on the left, what the model finds on the right."""
+        write_detections(path, images, outputs, targets, self.measured.class_names, threshold=self.config.threshold)
 
 
 @dataclass

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import data, network
-from ..config import EvalConfig, TaskConfig, TrainConfig
+from ..config import EvalConfig, TrainConfig
 from ..dense import inference
 from ..dense.batches import batches, lists, stacks
 from ..dense.classes import IGNORED
@@ -21,12 +21,13 @@ from ..dense.drawing import write_class_maps
 from ..dense.masks import MaskSet
 from ..dense.segmentation_metrics import SegmentationMetrics
 from ..dense.sources import segmentation_source
+from ..dense.task import DenseTask
 from ..task import Curves, Forward, Prepared
 
 HEAD = "upernet"
 
 
-class Segmentation:
+class Segmentation(DenseTask):
     """The task for batches of images and class maps; evaluated image by image at its full size."""
 
     name = "segmentation"
@@ -37,12 +38,6 @@ class Segmentation:
         digits=3,
     )
     columns: tuple[str, ...] = tuple(curves.columns)
-
-    def __init__(self, config: TaskConfig, val: MaskSet) -> None:
-        self.config, self.val = config, val
-
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Nothing changes over the epochs."""
 
     def loss(self, forward: Forward, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean cross entropy of the labelled pixels: images (B, C, H, W), class maps (B, H, W), `IGNORED` none."""
@@ -72,23 +67,14 @@ class Segmentation:
 
     def metrics(self) -> ImageMetrics:
         """Fresh sums."""
-        return ImageMetrics(self.val.num_classes, IGNORED)
+        return ImageMetrics(self.measured.num_classes, IGNORED)
 
-    def describe(self, metrics: Mapping[str, float]) -> str:
-        """Fractions by name."""
-        return "  ".join(f"{name} {metrics[key]:.3f}" for key, name in self.curves.columns.items() if key in metrics)
-
-    @torch.no_grad()
-    def pictures(self, model: nn.Module, folder: Path, device: torch.device) -> None:
-        """predictions.png: the first images measured with their true and their predicted class maps."""
-        count = min(self.config.pictures, len(self.val))
-        if not count:
-            return
-        inputs, targets = zip(*(self.val[index] for index in range(count)), strict=True)
-        outputs = self.predict(model.eval(), [image.to(device) for image in inputs])
-        names = self.val.class_names or [str(label) for label in range(self.val.num_classes)]
-        pictures = [self.val.pair(index)[0] for index in range(count)]
-        write_class_maps(folder / "predictions.png", pictures, [one.cpu() for one in outputs], targets, names)
+    def draw(self, path: Path, images: Sequence[Any], outputs: Sequence[Any], targets: Sequence[Any]) -> None:
+        """The image, its true and its predicted class map."""
+        measured = self.measured
+        names = measured.class_names or [str(label) for label in range(measured.num_classes)]
+        pictures = [measured.pair(index)[0] for index in range(len(images))]  # as they were before normalisation
+        write_class_maps(path, pictures, [one.cpu() for one in outputs], targets, names)
 
 
 class ImageMetrics(SegmentationMetrics):
