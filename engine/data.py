@@ -81,10 +81,8 @@ def open_source(config: DataConfig, *, splits: Iterable[str] = ("train", "val"),
         counted = 10 if names else config.num_classes or 10
         check_count(config, counted, names)
         return Source(train, val, counted, channels, names)
-    channels = in_chans or 3
-    mode = MODES.get(channels)
-    if mode is None:
-        raise ConfigError(f"model.in_chans={channels}: image files have 1, 3 or 4 channels")
+    channels = file_channels(in_chans)
+    mode = MODES[channels]
     opened = {s: images.open_images(config, s, mode, training="train" in splits) for s in splits}
     classes = {split: images.class_names(dataset) for split, dataset in opened.items()}
     names = next(iter(classes.values()))
@@ -104,6 +102,14 @@ def open_source(config: DataConfig, *, splits: Iterable[str] = ("train", "val"),
     if names:
         check_count(config, count, names)
     return Source(opened.get("train"), opened.get("val"), count, channels, names)
+
+
+def file_channels(in_chans: int | None) -> int:
+    """The channels that image files are read with, 3 unless the model wants others; ConfigError if none have them."""
+    channels = in_chans or 3
+    if channels not in MODES:
+        raise ConfigError(f"model.in_chans={channels}: image files have 1, 3 or 4 channels")
+    return channels
 
 
 def check_count(config: DataConfig, count: int, names: list[str] | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import DataConfig, EvalConfig, TrainConfig
-from ..data import Source, check_count
+from ..data import Source, check_count, file_channels
 from ..errors import ConfigError, DataError, listing
 from .coco import CocoSet
 from .masks import MaskSet
@@ -26,7 +26,7 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
         DataError: something is missing or broken, or train and val have other categories.
         ConfigError: `data.name` is none of detection's.
     """
-    chosen = config.data
+    chosen, channels = config.data, file_channels(config.model.in_chans)
     if chosen.name not in (*DRAWN, "coco"):
         raise ConfigError(f"data.name: {chosen.name!r} has no boxes; task=detection takes scenes, coco")
     drawn = chosen.name in DRAWN
@@ -39,6 +39,7 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
             masks=masks,
             keep_empty=chosen.keep_empty or split == "val",
             skip_missing=chosen.skip_missing,
+            channels=channels,
         )
         for split in splits
     }
@@ -53,7 +54,7 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
         check_count(chosen, first.num_classes, first.class_names)
     place = str(root.parent) if drawn else None
     reports = {split: one.report for split, one in sets.items()}
-    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names, place, reports)
+    return Source(sets.get("train"), sets.get("val"), first.num_classes, channels, first.class_names, place, reports)
 
 
 def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str]) -> Source:
@@ -63,7 +64,7 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
         DataError: something is missing or broken, or train and val have other classes.
         ConfigError: `data.name` is none of segmentation's.
     """
-    chosen = config.data
+    chosen, channels = config.data, file_channels(config.model.in_chans)
     drawn = chosen.name in DRAWN
     if not drawn and chosen.name not in LAYOUTS:
         raise ConfigError(
@@ -81,6 +82,7 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
             label_map=chosen.label_map,
             mask_suffix=chosen.mask_suffix,
             skip_missing=chosen.skip_missing,
+            channels=channels,
         )
         for split in splits
     }
@@ -90,7 +92,7 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
         raise DataError(f"data.root={root}: train has {counts['train']} classes, val {counts['val']}")
     place = str(root.parent) if drawn else None
     reports = {split: one.report for split, one in sets.items()}
-    return Source(sets.get("train"), sets.get("val"), first.num_classes, 3, first.class_names, place, reports)
+    return Source(sets.get("train"), sets.get("val"), first.num_classes, channels, first.class_names, place, reports)
 
 
 def scenes(config: TrainConfig | EvalConfig) -> Path:

@@ -204,6 +204,17 @@ def test_a_pass_that_is_cut_short_counts_its_images_and_its_loss() -> None:
         (["task=detection", "aug.policy=mosaic"], ConfigError, r"aug\.policy=mosaic: no such policy"),
         (["task=detection", "aug.kwargs.scales=2"], ConfigError, r"policy jitter has no option 'scales'"),
         (["task=segmentation", "aug.kwargs.crop=-3"], ConfigError, r"aug\.kwargs: policy light"),
+        (
+            ["task=detection", "aug=imagenet"],
+            ConfigError,
+            r"^aug\.color_jitter, .*: for classification alone; .*multi_scale",
+        ),
+        (["task=segmentation", "aug.hflip=0"], ConfigError, r"^aug\.hflip: for classification alone; .* aug=ade20k"),
+        (
+            ["task=detection", "model.in_chans=2"],
+            ConfigError,
+            r"model\.in_chans=2: image files have 1, 3 or 4 channels",
+        ),
         (["task=detection", "model=resnext7"], ConfigError, r"there is no model 'resnext7'"),
         (["task=segmentation", "model.num_classes=7"], ConfigError, r"the data has 11 classes"),
         (["task=detection", "data.num_classes=80"], ConfigError, r"the data has 10 classes"),
@@ -215,6 +226,16 @@ def test_mistakes_are_one_line(overrides: list[str], error: type[Exception], wor
         fit.train(composed(*overrides, *quick, f"paths.runs={tmp_path}"))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*/*/config.yaml"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_images_have_the_channels_that_the_model_is_asked_for(task: str, tmp_path: Path) -> None:
+    summary = fit.train(composed(f"task={task}", *FDR, "model.in_chans=1", f"paths.runs={tmp_path}"))
+    config = EvalConfig(run=summary["run_dir"])
+    config.paths.results = str(tmp_path / "results.csv")
+    again = evaluation.evaluate(config)
+    key = {"detection": "box_ap", "segmentation": "miou"}[task]
+    assert again[key] == summary[key]
 
 
 def test_what_was_counted_and_left_out_is_seen_on_the_screen(
