@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 from . import check, hardware, loop, runs, tasks
 from .config import EvalConfig
-from .errors import CheckpointMismatchError, ConfigError
+from .data import Source
+from .errors import CheckpointMismatchError, ConfigError, DataError, listing
 from .loggers import append_row
 from .progress import Progress, is_main_process
 from .state import seed_everything
@@ -44,6 +46,7 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
         )
     split = config.split
     prepared = tasks.prepare(config, device)
+    _check_classes(Path(config.model.checkpoint or ""), prepared.source)
     task, model, how, batches = prepared.task, prepared.model, prepared.how, prepared.val
     forward = torch.compile(model) if config.compile else None
     started = time.perf_counter()
@@ -93,6 +96,17 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
     }
 
 
+def _check_classes(checkpoint: Path, source: Source) -> None:
+    """DataError if the weights are those of a run whose classes have other names than the data's."""
+    names = runs.class_names_of(checkpoint.parent)
+    if names and source.class_names and names != source.class_names:
+        odd = next((a, b) for a, b in itertools.zip_longest(names, source.class_names) if a != b)
+        raise DataError(
+            f"{checkpoint}: trained on the classes {listing(names, limit=4)}; those of the data differ "
+            f"({odd[0]!r} there, {odd[1]!r} here): labels would not match"
+        )
+
+
 def of_run(config: EvalConfig, overrides: list[str]) -> EvalConfig:
     """`config` with the model, data, task and precision of the run that `run` or `checkpoint` belongs to, if any.
 
@@ -125,7 +139,8 @@ def of_run(config: EvalConfig, overrides: list[str]) -> EvalConfig:
             merged[group] |= values[group]
         merged["hardware"]["amp"] = values["hardware"].get("amp", own["hardware"]["amp"])
         merged["model"] |= {"pretrained": False, "new_head": False}
-        merged["data"]["overfit_batches"] = None  # a trick of training: what is evaluated is the split
+        # tricks of training: what is evaluated is the split, all of it
+        merged["data"] |= {"overfit_batches": None, "limit_train_batches": None, "limit_val_batches": None}
         for key in overrides:
             group, _, name = key.partition(".")
             if group in merged and not name:

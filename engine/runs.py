@@ -113,6 +113,15 @@ def config_of(folder: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and all(isinstance(values.get(g), dict) for g in groups) else None
 
 
+def class_names_of(folder: Path) -> list[str] | None:
+    """The classes that a run was trained on, in the order of their labels; None if its meta.json does not say."""
+    try:
+        names = json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("class_names")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
 def describe(device: torch.device, **more: Any) -> dict[str, Any]:
     """What goes into meta.json: command, revision, versions, device, time."""
     return {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nearfield.engine import data, door, evaluation, fit, loop, tasks
+from nearfield.engine import door, evaluation, fit, loop, tasks
 from nearfield.engine.config import EvalConfig, TrainConfig, TrainerConfig
 from nearfield.engine.dense import sources
 from nearfield.engine.errors import CheckpointMismatchError, ConfigError, DataError
@@ -90,6 +90,33 @@ def test_only_whole_models_are_evaluated(overrides: list[str], words: str, runs:
     with pytest.raises(CheckpointMismatchError, match=words) as caught:
         evaluation.evaluate(config, door.touched(run))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_not_measured_on_classes_of_other_names(runs: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    from nearfield.engine.dense.scenes import write_scenes
+
+    folder = write_scenes(tmp_path, count_train=2, count_val=2)
+    for split in ("train", "val"):
+        path = folder / "annotations" / f"instances_{split}.json"
+        values = json.loads(path.read_text())
+        values["categories"][3]["name"] = "drei"
+        path.write_text(json.dumps(values))
+    overrides = [f"run={runs['detection']['run_dir']}", "data=coco", f"data.root={folder}", "data.workers=0"]
+    with pytest.raises(DataError, match=r"trained on the classes 0, 1, 2, 3, .*'3' there, 'drei' here"):
+        evaluation.evaluate(door.compose("eval", EvalConfig, overrides), door.touched(overrides))
+
+
+def test_a_limit_of_training_is_none_of_the_evaluation(tmp_path: Path) -> None:
+    overrides = [
+        "data=synthetic",
+        "data.num_images=16",
+        "data.limit_val_batches=1",
+        "debug=fdr",
+        f"paths.runs={tmp_path}",
+    ]
+    run = fit.train(composed(*overrides, "data.batch_size=2", "data.eval_batch_size=2", "trainer.plots=false"))
+    config = evaluation.of_run(door.compose("eval", EvalConfig, [f"run={run['run_dir']}"]), ["run"])
+    assert config.data.limit_val_batches is None
 
 
 def test_a_classifier_is_no_detector(tmp_path: Path) -> None:
@@ -332,4 +359,3 @@ def test_data_for_dense_tasks_is_counted(tmp_path: Path) -> None:
     config = composed("task=detection", "data.num_images=4", "data.batch_size=64", f"paths.runs={tmp_path}")
     with pytest.raises(ConfigError, match=r"data\.batch_size=64 is larger than the training set \(4 images\)"):
         tasks.prepare(config, CPU)
-    assert data.Source(None, None, 1, 3).root is None
