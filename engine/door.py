@@ -134,6 +134,8 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             elif group == "experiment" and group in groups:
                 out.append(f"+experiment={value}")
             elif group == "task" and not sign and kind is TrainConfig and not has_experiment:
+                if "," in value:
+                    raise ConfigError(f"task={value}: each task has data and a model of its own: run them one by one")
                 out += [
                     argument,
                     *(f"+{brings}={value}" for folder in folders if (folder / f"{brings}/{value}.yaml").is_file()),

@@ -188,6 +188,11 @@ def test_a_task_on_named_data_has_nothing_of_the_demo(task: str, data: str, spel
     assert door.compose("train", TrainConfig, [f"task={task}", "data=scenes"]).task.kwargs["channels"] == 64
 
 
+def test_tasks_are_no_sweep() -> None:
+    with pytest.raises(ConfigError, match="run them one by one"):
+        door.expand(TrainConfig, ["-m", "task=detection,segmentation"])
+
+
 def test_a_debug_group_lies_on_top_of_an_experiment() -> None:
     for order in (["debug=fdr", "+experiment=nat_tiny_imagenet"], ["experiment=nat_tiny_imagenet", "debug=fdr"]):
         config = door.compose("train", TrainConfig, order)
