@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError, ImageOps
 from torchvision import tv_tensors
 
 from ..errors import DataError
@@ -86,7 +86,9 @@ def turned(image: Image.Image) -> Image.Image:
 
 def unreadable(name: object, error: Exception) -> DataError:
     """The one line about a picture that cannot be read."""
-    return DataError(f"{name}: cannot read this image ({error}): repair or remove it")
+    # PIL's own text names an object in memory
+    reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else str(error)
+    return DataError(f"{name}: cannot read this image ({reason}): repair or remove it")
 
 
 def image_size(path: str | Path, *, upright: bool = True) -> tuple[int, int]:
