@@ -103,14 +103,15 @@ def _piece(tokens: Tensor, hidden: int) -> int:
 def _inference(x: Tensor) -> bool:
     """Whether x is an ordinary float32 tensor on a CPU, large enough, and nobody traces or differentiates."""
     return (
-        x.device.type == "cpu"
+        # first: whatever is asked of x while a graph is made becomes a condition of that graph
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and type(x) is Tensor
         and x.numel() >= FEW_TOKENS * x.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and not modules._has_any_global_hook()
     )

@@ -84,8 +84,9 @@ def test_boxes_masks_and_labels_agree(name: str, height: int, width: int, shapes
     torch.manual_seed(seed)
     objects = [(x * width, y * height, w * width, h * height) for x, y, w, h in shapes]
     image, target = example(height, width, objects)
-    resizes = 2 if name == "multi_scale_crop" else 1  # each rounds masks to whole pixels, boxes stay as they are
-    assert_agree(*POLICIES[name](image, target), slack=resizes)
+    # a resize rounds masks to whole pixels, boxes stay as they are; of a thin image the second one enlarges what the
+    # first has rounded, a window of at least 48 pixels to at most 120
+    assert_agree(*POLICIES[name](image, target), slack=1 + 120 / 48 if name == "multi_scale_crop" else 1)
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"coloured"}))

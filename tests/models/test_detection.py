@@ -163,13 +163,16 @@ def test_two_images_are_learned(head: str) -> None:
     flipped["masks"] = target["masks"].flip(2)
     images, targets = [image, image.flip(2)], [target, flipped]
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for _ in range(70):
+    steps = 120
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    for _ in range(steps):
         optimizer.zero_grad()
         losses = model.train()(images, targets)
         assert isinstance(losses, dict)
         torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        decay.step()
     for result, wanted in zip(results(model, *images), targets, strict=True):
         for label, box in enumerate(wanted["boxes"]):
             best = int(torch.where(result["labels"] == label)[0][0])

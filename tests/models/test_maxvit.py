@@ -261,7 +261,7 @@ def test_a_hidden_head_goes_with_pruning_and_only_then(small: Small) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "word"),
     [
-        ({"global_pool": "catavgmax"}, "global_pool='catavgmax'"),
+        ({"global_pool": "catavgmax"}, "global_pool must be one of .*'catavgmax'"),
         ({"head_dim": 48}, "head_dim=48"),
         ({"stem_stride": 8}, "stem_stride"),
         ({"stem_width": 0}, "stem_width"),
