@@ -163,7 +163,7 @@ def test_two_images_are_learned(head: str) -> None:
     flipped["masks"] = target["masks"].flip(2)
     images, targets = [image, image.flip(2)], [target, flipped]
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    steps = 120
+    steps = 160
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for _ in range(steps):
         optimizer.zero_grad()
