@@ -162,9 +162,8 @@ class TaskConfig:
     threshold: float = _number(0.5, low=0, high=1)  # detection: score from which pictures show an object
     pictures: int = _number(6, low=0)  # images that are drawn at the end, next to the truth
     aux_weight: float = _number(0.4, low=0)  # segmentation: of the auxiliary head's loss
-    fit: list[int] | None = field(
-        default=None, metadata={"low": 16}
-    )  # segmentation, evaluated: (longest, shortest) side
+    # segmentation, evaluated: fitted into (longest, shortest) side, null is their own size
+    fit: list[int] | None = field(default=None, metadata={"low": 16})
     ratios: list[float] = field(default_factory=lambda: [1.0], metadata={"low": 0.05})  # times these, averaged
     flip: bool = False  # and mirrored as well
     crop: int | None = _number(None, low=16)  # sliding window, pixels; null: whole images

@@ -114,7 +114,9 @@ def config_of(folder: Path) -> dict[str, Any] | None:
 
 
 def class_names_of(folder: Path) -> list[str] | None:
-    """The classes that a run was trained on, in the order of their labels; None if its meta.json does not say."""
+    """The classes of a run, in the order of their labels; None if meta.json does not say or it is no run."""
+    if config_of(folder) is None:
+        return None
     try:
         names = json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("class_names")
     except (OSError, ValueError, AttributeError):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AugConfig, DataConfig
+from ..config import AugConfig, DataConfig, TrainConfig
 from ..data import Batch, Batches, leave_interrupts, workers
 from ..errors import ConfigError, listing
 
@@ -82,6 +82,20 @@ def check_augmentation(aug: AugConfig, task: str, options: str) -> None:
             f"{listing(foreign, limit=3)}: for classification alone; task={task} is augmented by aug.policy: "
             f"aug={options}, or aug=none"
         )
+
+
+def check_preparation(config: DataConfig, task: str, *keys: str) -> None:
+    """ConfigError if `config` sets what only classification prepares images by, or one of `keys`: not read here."""
+    for key in ("crop_pct", "crop_mode", "interpolation", *keys):
+        if getattr(config, key) is not None:
+            advice = f"task.kwargs.image_{key}=" if key in ("mean", "std") else "task.min_size, task.fit and the like"
+            raise ConfigError(f"data.{key}={getattr(config, key)}: not read by task={task}; use {advice}")
+
+
+def policy_of(config: TrainConfig) -> tuple[str, dict[str, Any]]:
+    """Name and options of the augmentation: none where it is off, where batches are overfitted, in a debug run."""
+    off = config.aug.no_aug or bool(config.data.overfit_batches) or config.data.name == "synthetic"
+    return ("none", {}) if off else (config.aug.policy, config.aug.kwargs)
 
 
 def batches(config: DataConfig, dataset: Any, device: torch.device, *, collate: Collate, training: bool) -> Batches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..config import DataConfig, EvalConfig, TrainConfig
@@ -27,9 +27,9 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
         ConfigError: `data.name` is none of detection's.
     """
     chosen, channels = config.data, file_channels(config.model.in_chans)
-    if chosen.name not in (*DRAWN, "coco"):
-        raise ConfigError(f"data.name: {chosen.name!r} has no boxes; task=detection takes scenes, coco")
     drawn = chosen.name in DRAWN
+    if not drawn and chosen.name != "coco":
+        raise ConfigError(f"data.name: {chosen.name!r} has no boxes; task=detection takes scenes, coco")
     root = scenes(config) if drawn else _root(chosen)
     sets = {
         split: CocoSet(
@@ -52,9 +52,7 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
         )
     if chosen.name != "synthetic":
         check_count(chosen, first.num_classes, first.class_names)
-    place = str(root.parent) if drawn else None
-    reports = {split: one.report for split, one in sets.items()}
-    return Source(sets.get("train"), sets.get("val"), first.num_classes, channels, first.class_names, place, reports)
+    return _source(sets, channels, root.parent if drawn else None)
 
 
 def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str]) -> Source:
@@ -86,11 +84,15 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
         )
         for split in splits
     }
-    first = next(iter(sets.values()))
     counts = {split: one.num_classes for split, one in sets.items()}
     if len(set(counts.values())) > 1:
         raise DataError(f"data.root={root}: train has {counts['train']} classes, val {counts['val']}")
-    place = str(root.parent) if drawn else None
+    return _source(sets, channels, root.parent if drawn else None)
+
+
+def _source(sets: Mapping[str, CocoSet | MaskSet], channels: int, drawn_at: Path | None) -> Source:
+    first: CocoSet | MaskSet = next(iter(sets.values()))
+    place = None if drawn_at is None else str(drawn_at)
     reports = {split: one.report for split, one in sets.items()}
     return Source(sets.get("train"), sets.get("val"), first.num_classes, channels, first.class_names, place, reports)
 

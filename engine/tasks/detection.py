@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import data, network
 from ..config import EvalConfig, TaskConfig, TrainConfig
-from ..dense.batches import batches, check_augmentation, lists
+from ..dense.batches import batches, check_augmentation, check_preparation, lists, policy_of
 from ..dense.coco import CocoSet
 from ..dense.coco_metrics import NAMES, PREFIX, CocoMetrics
 from ..dense.drawing import write_detections
@@ -83,6 +83,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     """
     network.check_name(config.model.name)
     chosen = config.data
+    check_preparation(chosen, "detection", "mean", "std")
     if isinstance(config, TrainConfig):
         check_augmentation(config.aug, "detection", "multi_scale, multi_scale_crop, scenes")
     head = config.task.head or HEAD
@@ -101,9 +102,8 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     train = None
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)
-        plain = config.aug.no_aug or bool(chosen.overfit_batches) or chosen.name == "synthetic"
-        policy = detection_policy("none") if plain else detection_policy(config.aug.policy, **config.aug.kwargs)
-        source.train.transform = policy
+        name, options = policy_of(config)
+        source.train.transform = detection_policy(name, **options)
         train = batches(chosen, source.train, device, collate=lists, training=True)
         if chosen.overfit_batches:
             return Prepared(task, source, how, model, train, train)

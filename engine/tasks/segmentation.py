@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import data, network
 from ..config import EvalConfig, TrainConfig
 from ..dense import inference
-from ..dense.batches import batches, check_augmentation, lists, stacks
+from ..dense.batches import batches, check_augmentation, check_preparation, lists, policy_of, stacks
 from ..dense.classes import IGNORED
 from ..dense.crops import segmentation_policy
 from ..dense.drawing import write_class_maps
@@ -117,6 +117,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     """
     network.check_name(config.model.name)
     chosen = config.data
+    check_preparation(chosen, "segmentation")
     if isinstance(config, TrainConfig):
         check_augmentation(config.aug, "segmentation", "ade20k, scenes_maps")
     splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")
@@ -133,8 +134,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     train = None
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)
-        plain = config.aug.no_aug or bool(chosen.overfit_batches) or chosen.name == "synthetic"
-        name, options = ("none", {}) if plain else (config.aug.policy, config.aug.kwargs)
+        name, options = policy_of(config)
         source.train.transform = segmentation_policy(name, mean=mean, std=std, **options)
         train = batches(chosen, source.train, device, collate=stacks, training=True)
     if measured is not source.train:

@@ -226,6 +226,12 @@ def test_a_pass_that_is_cut_short_counts_its_images_and_its_loss() -> None:
             DataError,
             r"data\.root=/nowhere/ade: no such",
         ),
+        (
+            ["task=detection", "data.mean=[0.5]"],
+            ConfigError,
+            r"data\.mean=\[0.5\]: not read .* task\.kwargs\.image_mean=",
+        ),
+        (["task=segmentation", "data.crop_pct=0.9"], ConfigError, r"data\.crop_pct=0.9: not read by task=segmentation"),
         (["task=detection", "task.head=yolo"], ConfigError, r"head='yolo' must be one of mask_rcnn"),
         (["task=segmentation", "task.head=unet"], ConfigError, r"head='unet' is unknown: use upernet or fpn"),
         (["task=detection", "aug.policy=mosaic"], ConfigError, r"aug\.policy=mosaic: no such policy"),

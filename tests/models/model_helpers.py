@@ -1,14 +1,18 @@
-"""What the model tests share: models without memory, weights that matter, and the work of a model by its parts."""
+"""What the model tests share: models without memory, weights that matter, golden files, the work of a model."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import nearfield
+import numpy as np
 import torch
 from nearfield.models.halonet import HaloAttention
 from nearfield.models.maxvit import MaxViTRW, PartitionAttention
@@ -97,3 +101,31 @@ def multiply_adds(model: nn.Module) -> dict[str, int]:
         "whole tables": sum(tables),
         "look-ups": lookups,
     }
+
+
+def _golden_fill() -> Any:
+    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+fill = _golden_fill()
+
+
+def read_golden(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Tensor]]:
+    """What a golden file says of itself, its arrays, and the weights that were filled from the names of its keys."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays.pop("meta")))
+    left = set(meta["left_as_constructed"])
+    state = {
+        key: torch.zeros(shape, dtype=getattr(torch, dtype))
+        if key in left
+        else fill.value(key, shape, meta["conv_gain"])
+        for key, shape, dtype in meta["keys"]
+    }
+    return meta, arrays, state

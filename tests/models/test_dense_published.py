@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import logging
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import nearfield
 import numpy as np
 import pytest
 import torch
+from model_helpers import GOLDEN, fill, read_golden
 from nearfield.checkpoints import CheckpointMismatch
 from nearfield.models.dense import DenseBackbone, Detector, Segmentor
 from nearfield.models.dense.published import UPERNET, BackgroundFirst, WithBackground
@@ -21,7 +19,6 @@ from nearfield.models.swin import UnfoldedNeighbours
 from torch import Tensor
 from torchvision.models.detection.roi_heads import maskrcnn_inference
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-5
 # the small Swin of the golden files
 SMALL = {"embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 4, "mlp_ratio": 2.0}
@@ -29,18 +26,6 @@ HEADS: dict[str, dict[str, Any]] = {
     "mmseg_upernet": {"head": "upernet", "channels": 16, "aux_channels": 8},
     "mmseg_fpn": {"head": "fpn", "channels": 16, "fpn_channels": 24},
 }
-
-
-def _fill() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fill = _fill()
 
 
 class Golden(NamedTuple):
@@ -57,16 +42,7 @@ class Golden(NamedTuple):
 
 
 def golden(name: str) -> Golden:
-    with np.load(GOLDEN / "dense" / f"{name}.npz") as file:
-        arrays = dict(file)
-    meta = json.loads(str(arrays.pop("meta")))
-    left = set(meta["left_as_constructed"])
-    state = {
-        key: torch.zeros(shape, dtype=getattr(torch, dtype))
-        if key in left
-        else fill.value(key, shape, meta["conv_gain"])
-        for key, shape, dtype in meta["keys"]
-    }
+    meta, arrays, state = read_golden(GOLDEN / "dense" / f"{name}.npz")
     # without it one class would win everywhere, and boxes be thrown about
     for name, factor in meta.get("scaled", {}).items():
         for key in [key for key in state if key.endswith(name)]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,17 +11,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from model_helpers import GOLDEN, fill, read_golden
 from nearfield import checkpoints
 from torch import Tensor, nn
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-5
-
-spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
-assert spec is not None
-assert spec.loader is not None
-fill = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fill)
 
 # where the authors' name is not ours
 NAMES = {
@@ -51,16 +43,7 @@ class Golden(NamedTuple):
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
 def golden(request: pytest.FixtureRequest) -> Golden:
-    with np.load(request.param) as file:
-        arrays = dict(file)
-    meta = json.loads(str(arrays.pop("meta")))
-    left = set(meta["left_as_constructed"])
-    state = {
-        key: torch.zeros(shape, dtype=getattr(torch, dtype))
-        if key in left
-        else fill.value(key, shape, meta["conv_gain"])
-        for key, shape, dtype in meta["keys"]
-    }
+    meta, arrays, state = read_golden(request.param)
     stem = request.param.stem
     return Golden(NAMES.get(stem, stem), KWARGS.get(stem, {}), meta, arrays, state)
 
