@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result["rows"] = [{**asdict(row), "reached": row.reached} for row in rows]
         print(table(rows))
         if options.markdown:
-            options.markdown.write_text(_document(rows, result), encoding="utf-8")
+            options.markdown.write_text(_document(rows, result, _command(options)), encoding="utf-8")
     result["machine"]["load_after"] = _load()
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -111,13 +111,19 @@ def _throughput_line(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["model"], row["backend"], str(row["size"]), str(row["batch"]), *figures)
 
 
-def _document(rows: list[Row], result: dict[str, Any]) -> str:
+def _command(options: argparse.Namespace) -> str:
+    """What writes the document again."""
+    only = "" if set(options.only) == set(SECTIONS) else f" --only {','.join(options.only)}"
+    return f"python scripts/benchmark.py{only} --markdown {options.markdown}"
+
+
+def _document(rows: list[Row], result: dict[str, Any], command: str) -> str:
     """docs/benchmarks.md: the table and how it came about."""
     on, threads = result["machine"], result["threads"]
     counted = [row.reached for row in rows if row.reached is not None]
     return f"""# Benchmarks
 
-Written by `python scripts/benchmark.py --markdown docs/benchmarks.md`; run it again rather than edit this.
+Written by `{command}`; run it again rather than edit this.
 
 {table(rows, markdown=True)}
 
