@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-__all__ = ["Mlp", "add_mlp", "linear"]
+__all__ = ["Mlp", "add_mlp", "linear", "unhooked"]
 
 FEW_TOKENS = 128  # below, oneDNN spends more on laying out the weights than it saves
 PIECE_BYTES = 4 << 20  # hidden activations of a piece, for each thread
@@ -113,18 +113,19 @@ def _inference(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
-        and not modules._has_any_global_hook()
     )
+
+
+def unhooked(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of these very classes and calling it runs its forward alone."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or modules._has_any_global_hook()
+    return type(module) in kinds and not hooks and "forward" not in vars(module)
 
 
 def _bare(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is of one of these very classes, without hooks and with ordinary parameters."""
-    return (
-        type(module) in kinds
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-        and all(
-            type(p) is nn.Parameter and p.dtype == torch.float32 for p in module._parameters.values() if p is not None
-        )
+    return unhooked(module, *kinds) and all(
+        type(p) is nn.Parameter and p.dtype == torch.float32 for p in module._parameters.values() if p is not None
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from .backbone import DenseBackbone
+from .fpn import FPN
 
 
 class Pyramid(nn.Module):
@@ -31,7 +31,7 @@ class Pyramid(nn.Module):
         if coarser != "pool":
             extra = LastLevelP6P7(body.channels[-1] if coarser == "conv" else channels, channels)
         self.body = body
-        self.fpn = FeaturePyramidNetwork(body.channels, channels, extra)
+        self.fpn = FPN(body.channels, channels, extra)
         self.out_channels = channels
         self.strides = [*body.strides, *(body.strides[-1] * 2**i for i in range(1, 2 if coarser == "pool" else 3))]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from math import log2
 
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
 
 from .convs import ConvNormReLU, PixelClassifier, resize
+from .fpn import FPN
 
 
 class SemanticFPN(nn.Module):
@@ -35,7 +35,7 @@ class SemanticFPN(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.fpn = FeaturePyramidNetwork(list(in_channels), fpn_channels)
+        self.fpn = FPN(list(in_channels), fpn_channels)
         doublings = [round(log2(stride / strides[0])) for stride in strides]
         self.scales = nn.ModuleList(_Scale(fpn_channels, channels, count, norm) for count in doublings)
         self.classifier = PixelClassifier(channels, num_classes, dropout)
