@@ -233,7 +233,7 @@ class TrainConfig:
     """`train.py`."""
 
     seed: int = _number(0, low=0)
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the model, of a detector or segmentor the backbone
     traceback: bool = False  # show where an error comes from
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

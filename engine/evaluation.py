@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import check, hardware, loop, runs, tasks
 from .config import EvalConfig
 from .data import Source
@@ -48,7 +46,7 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
     prepared = tasks.prepare(config, device)
     _check_classes(Path(config.model.checkpoint or ""), prepared.source)
     task, model, how, batches = prepared.task, prepared.model, prepared.how, prepared.val
-    forward = torch.compile(model) if config.compile else None
+    forward = task.compile(model) if config.compile else None
     started = time.perf_counter()
     with Progress(len(batches)) as progress:
         for counted in prepared.source.lines():

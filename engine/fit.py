@@ -122,7 +122,7 @@ class _Run:
         """The epochs; returns their seconds. Saves what there is when asked to stop."""
         config, state, task = self.config, self.state, self.task
         autocast = hardware.autocast_in(dtype, device)
-        forward = torch.compile(state.model) if config.compile else None
+        forward = task.compile(state.model) if config.compile else None
         started = time.perf_counter()
         per_epoch = len(train_batches)
         with (

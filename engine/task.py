@@ -51,6 +51,9 @@ class Task(Protocol):
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, counted from 0."""
 
+    def compile(self, model: nn.Module) -> Forward:
+        """What is called instead of the model: its parameters, compiled by PyTorch, for each size of input anew."""
+
     def loss(self, forward: Forward, inputs: Any, targets: Any) -> Tensor:
         """The mean loss of a training batch, a scalar with gradients."""
 

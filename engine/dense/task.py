@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,12 @@ class DenseTask:
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Nothing changes over the epochs."""
+
+    def compile(self, model: nn.Module) -> Forward:
+        """The backbone, where it stands: what comes after it looks at values, and goes by them."""
+        # sizes as variables: see the classification task
+        cast(Any, model).backbone.compile(dynamic=False)
+        return model
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         """The fractions by name."""

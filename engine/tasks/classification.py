@@ -55,6 +55,12 @@ class Classification:
         if self.mixup is not None:
             self.mixup.mixup_enabled = epoch < epochs - self.mixup_off_epochs
 
+    def compile(self, model: nn.Module) -> Forward:
+        """The whole model: a graph for the crops it is trained on, one for those it is evaluated on."""
+        # sizes as variables: PyTorch 2.11 fails on the saved activations (github.com/pytorch/pytorch/issues/185510)
+        compiled: Forward = torch.compile(model, dynamic=False)
+        return compiled
+
     def loss(self, forward: Forward, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss over the batch: inputs (B, C, H, W), targets (B,) of class indices."""
         if self.mixup is not None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nearfield import checkpoints
 from nearfield.engine import door, evaluation, fit, loop, tasks
 from nearfield.engine.config import EvalConfig, TrainConfig, TrainerConfig
 from nearfield.engine.dense import sources
@@ -73,6 +75,20 @@ def test_a_run_is_evaluated_again_with_the_same_numbers(
     rows = list(csv.DictReader(results.with_stem(f"results_{task}").open()))
     assert float(rows[0][primary]) == pytest.approx(summary[primary], abs=1e-4)
     assert not (tmp_path / "runs" / "scenes").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compile=true on a CPU needs g++, which is not installed")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_is_compiled(task: str, runs: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """In training, which writes plain keys, and in evaluation."""
+    compiled = fit.train(composed(f"task={task}", *FDR, "compile=true", f"paths.runs={tmp_path}"))
+    keys = [set(checkpoints.read(Path(run["run_dir"]) / "last.safetensors")) for run in (compiled, runs[task])]
+    assert keys[0] == keys[1]
+    overrides = [f"run={runs[task]['run_dir']}", "compile=true", f"paths.results={tmp_path / 'results.csv'}"]
+    summary = evaluation.evaluate(door.compose("eval", EvalConfig, overrides), ["run", "compile", "paths.results"])
+    primary = {"detection": "box_ap", "segmentation": "miou"}[task]
+    assert summary[primary] == pytest.approx(runs[task][primary], abs=1e-3)
 
 
 @pytest.mark.parametrize(
