@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -89,6 +90,18 @@ def test_rows_are_consistent(row: object) -> None:
 
 
 # classes of what a file was trained on last: SHI-Labs publish theirs of ImageNet-22k without a classifier
+README = Path(__file__).parents[2] / "README.md"
+FAMILIES = {  # lines of README.md's table, and how the names of their models begin
+    "NAT": "nat_",
+    "DiNAT": "dinat_(?!s_)",
+    "DiNAT_s": "dinat_s_",
+    "Swin": "swin_",
+    "SwinV2": "swinv2_",
+    "HaloNet": r"(\w*halo)",
+    "BiFormer": "biformer_",
+    "HWT": "hwt_",
+    "HNT": "hnt_",
+}
 CLASSES = {"in1k": 1000, "in12k": 11821, "in21k": 21843, "in22k": 21841}
 
 
@@ -100,9 +113,20 @@ def test_classes_and_accuracy_are_those_that_were_printed(row: object) -> None:
     if data != "in1k":
         assert row.top1 is None
         return
-    printed = float(printed_top1(row.name, row.model, row.tag, row.hub))
-    # of timm's three digits HaloNet's rows have two
-    assert row.top1 == (round(printed, 2) if row.model in HALO else printed)
+    assert row.top1 == float(printed_top1(row.name, row.model, row.tag, row.hub))
+
+
+def test_the_readme_prints_what_the_index_says() -> None:
+    """The figures of a family's line are those of its rows; MaxViT's line has the paper's, not the files'."""
+    lines = [line.split("|")[1:4] for line in README.read_text(encoding="utf-8").splitlines() if line.count("|") == 6]
+    families = {family.strip(): (models, figures) for family, models, figures in lines}
+    for family, prefix in FAMILIES.items():
+        known = {row.top1 for row in ROWS if re.match(prefix, row.model) and row.top1 is not None}
+        figures = re.findall(r"\d\d\.\d+", families[family][1])
+        assert figures
+        for figure in figures:
+            assert any(f"{top1:.{len(figure) - 3}f}" == figure for top1 in known), (family, figure)
+    assert FAMILIES.keys() | {"MaxViT"} == families.keys() - {"family", "---"}
 
 
 def test_every_printed_accuracy_is_that_of_a_row() -> None:
