@@ -32,6 +32,7 @@ from .layers import (
     crop_map,
     pad_map,
     per_stage,
+    round_up,
     to_pair,
 )
 from .registry import register
@@ -109,7 +110,7 @@ class RoutingAttention(nn.Module):
         H, W = x.shape[1:3]
         ny, nx = self.regions
         if self.pad == "map":
-            x = pad_map(x, H + -H % ny, W + -W % nx)
+            x = pad_map(x, round_up(H, ny), round_up(W, nx))
             size = (x.shape[1] // ny, x.shape[2] // nx)
         else:
             size = (max(H // ny, 1), max(W // nx, 1))
@@ -210,7 +211,7 @@ class NormedPatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the map; odd sides are zero-padded after the norm, where the published code drops a row or column."""
-        x = pad_map(self.norm(x), x.shape[1] + x.shape[1] % 2, x.shape[2] + x.shape[2] % 2)
+        x = pad_map(self.norm(x), round_up(x.shape[1], 2), round_up(x.shape[2], 2))
         return self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 

@@ -62,6 +62,15 @@ def map_sizes(img_size: Pair, stem_stride: int, stages: int) -> list[Pair]:
     return [(-(-img_size[0] // reduction), -(-img_size[1] // reduction)) for reduction in reductions]
 
 
+def round_up(size: int, unit: int) -> int:
+    """The next multiple of a unit.
+
+    Divided and multiplied, as a size that is a variable of a graph stays a short formula through stage after stage;
+    with remainders the compiler thinks for minutes.
+    """
+    return (size + unit - 1) // unit * unit
+
+
 def pad_map(x: Tensor, height: int, width: int) -> Tensor:
     """Zero-pad a (B, H, W, C) map at the right and bottom to ``height`` x ``width``."""
     return pad_end(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
@@ -121,8 +130,9 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) image to (B, ceil(H/p), ceil(W/p), dim) map."""
-        below, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
-        return self.norm(self.proj(pad_end(x, (0, right, 0, below))).permute(0, 2, 3, 1))
+        H, W = x.shape[2:]
+        x = pad_end(x, (0, round_up(W, self.patch_size) - W, 0, round_up(H, self.patch_size) - H))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class ConvDownsample(nn.Module):
@@ -153,7 +163,7 @@ class PatchMerging(nn.Module):
     @staticmethod
     def neighbours(x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C): 2x2 in the published order, x outermost."""
-        x = pad_map(x, x.shape[1] + x.shape[1] % 2, x.shape[2] + x.shape[2] % 2)
+        x = pad_map(x, round_up(x.shape[1], 2), round_up(x.shape[2], 2))
         B, H, W, C = x.shape
         return x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)
 

@@ -38,7 +38,7 @@ from ..checkpoints import CheckpointMismatch, FlippedTable, Layout, Rule
 from ..ops import Grid, Window
 from .arguments import check_arguments, check_pool, check_stem_stride, stage_count
 from .backbone import Backbone, take_stages
-from .layers import Block, LocalAttention, Pair, Size, Stage, pad_end, to_pair
+from .layers import Block, LocalAttention, Pair, Size, Stage, pad_end, round_up, to_pair
 from .registry import register
 
 HEAD_DIM = 32
@@ -147,7 +147,7 @@ class HalvingPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Halve the map."""
         H, W = x.shape[2:]
-        padding = (0, W % 2, 0, H % 2)
+        padding = (0, round_up(W, 2) - W, 0, round_up(H, 2) - H)
         padded = pad_end(x, padding)
         means = F.avg_pool2d(padded, 2)
         return means if padded is x else means / F.avg_pool2d(pad_end(x.new_ones(1, 1, H, W), padding), 2)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoints import FlippedTable, Layout, Rule
 from ..ops import Window
 from .arguments import check_arguments, stage_count
-from .layers import LocalAttention, Pair, PatchMerging, PatchStem, Size, map_sizes, per_stage, to_pair
+from .layers import LocalAttention, Pair, PatchMerging, PatchStem, Size, map_sizes, per_stage, round_up, to_pair
 from .registry import register
 from .transformer import LocalTransformer
 
@@ -73,7 +73,7 @@ class WindowAttention(LocalAttention):
 
     def padded(self, height: int, width: int) -> Pair:
         """The next multiples of the window."""
-        return height + -height % self.window_size[0], width + -width % self.window_size[1]
+        return round_up(height, self.window_size[0]), round_up(width, self.window_size[1])
 
     def pattern(self, height: int, width: int) -> Window:
         """Windows of a map, shifted or not."""

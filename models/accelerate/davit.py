@@ -8,7 +8,7 @@ from timm.models import davit
 from torch import Tensor, nn
 
 from ...ops import Window, local_attention
-from ..layers import pad_map
+from ..layers import pad_map, round_up
 from .replacement import Replacement, source
 
 
@@ -42,6 +42,6 @@ class NearfieldSpatialBlock(Replacement, davit.SpatialBlock):
         """(B, H, W, C) -> (B, H, W, C)."""
         attn, (height, width) = self.attn, self.window_size
         H, W = x.shape[1:3]
-        qkv = attn.qkv(pad_map(x, H + -H % height, W + -W % width)).unflatten(-1, (3, attn.num_heads, -1))
+        qkv = attn.qkv(pad_map(x, round_up(H, height), round_up(W, width))).unflatten(-1, (3, attn.num_heads, -1))
         out = local_attention(qkv, None, None, Window(self.window_size), scale=attn.scale)
         return attn.proj(out[:, :H, :W].flatten(3))

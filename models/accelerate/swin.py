@@ -12,7 +12,7 @@ from timm.models import swin_transformer_v2 as v2
 from torch import Tensor, nn
 
 from ...ops import Window, local_attention
-from ..layers import Pair, pad_map
+from ..layers import Pair, pad_map, round_up
 from .replacement import Replacement, dropout_of, source
 from .tables import flipped
 
@@ -124,7 +124,7 @@ class NearfieldSwinV2Block(_ShiftedWindows, v2.SwinTransformerV2Block):
 
 def _padded(block: Any, height: int, width: int) -> Pair:
     """The next multiples of the window."""
-    return height + -height % block.window_size[0], width + -width % block.window_size[1]
+    return round_up(height, block.window_size[0]), round_up(width, block.window_size[1])
 
 
 def _wraps(block: Any, height: int, width: int) -> bool:

@@ -13,7 +13,7 @@ SIZES = ((72, 56), (64, 80), (51, 77), (100, 68))
 # A stride of 2 on channels-last maps, whose order of strides PyTorch asks for by size: HaloNet takes a second graph.
 GRAPHS = {"halonet_nano": 2}
 
-# sizes are traced as formulas, which takes the others half a minute each: they are in the long run
+# sizes are traced as formulas, which takes the others twice as long: they are in the long run
 QUICK = ("nat_nano", "dinat_nano", "hnt_nano")
 
 
