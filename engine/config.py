@@ -233,7 +233,7 @@ class TrainConfig:
     """`train.py`."""
 
     seed: int = _number(0, low=0)
-    compile: bool = False  # torch.compile the model, of a detector or segmentor the backbone
+    compile: bool = False  # torch.compile the model (of a detector or segmentor the backbone) for training
     traceback: bool = False  # show where an error comes from
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -256,7 +256,7 @@ class EvalConfig:
     weights: str = _choice("last", "last", "best")  # which weights of a run folder
     split: str = _choice("val", "val", "train")
     seed: int = _number(0, low=0)
-    compile: bool = False
+    compile: bool = False  # torch.compile the model, of a detector or segmentor the backbone
     traceback: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

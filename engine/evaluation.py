@@ -46,7 +46,7 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
     prepared = tasks.prepare(config, device)
     _check_classes(Path(config.model.checkpoint or ""), prepared.source)
     task, model, how, batches = prepared.task, prepared.model, prepared.how, prepared.val
-    forward = task.compile(model) if config.compile else None
+    forward = task.compile(model, training=False) if config.compile else None
     started = time.perf_counter()
     with Progress(len(batches)) as progress:
         for counted in prepared.source.lines():

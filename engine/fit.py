@@ -122,7 +122,7 @@ class _Run:
         """The epochs; returns their seconds. Saves what there is when asked to stop."""
         config, state, task = self.config, self.state, self.task
         autocast = hardware.autocast_in(dtype, device)
-        forward = task.compile(state.model) if config.compile else None
+        forward = task.compile(state.model, training=True) if config.compile else None
         started = time.perf_counter()
         per_epoch = len(train_batches)
         with (
@@ -177,7 +177,10 @@ class _Run:
                     def on_batch(done: int, what: str = f"epoch {state.epoch}/{self.epochs}") -> None:
                         progress.step(state.epoch * per_epoch, what, f"evaluating {done}/{len(val_batches)}")
 
-                    self.metrics = loop.evaluate(state.weights, task, val_batches, autocast=autocast, on_batch=on_batch)
+                    with self._uncompiled():
+                        self.metrics = loop.evaluate(
+                            state.weights, task, val_batches, autocast=autocast, on_batch=on_batch
+                        )
                     row |= {key: value for key, value in self.metrics.items() if key != "n"}
                 row["seconds"] = time.perf_counter() - started
                 self._after_epoch(row, progress)
@@ -186,6 +189,11 @@ class _Run:
             seconds = time.perf_counter() - started
             progress.line(f"trained {self.epochs} epochs in {seconds:.1f} s; run folder {self.folder.path}")
         return seconds
+
+    def _uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        """For evaluations, whatever the task: their images may have any size, and averaged weights have no graph."""
+        # a run that compiles nothing does not wait for the compiler's import
+        return torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
 
     def _after_epoch(self, row: dict[str, Any], progress: Progress) -> None:
         state, task = self.state, self.task
@@ -233,7 +241,8 @@ class _Run:
         """The last plot, the pictures, and the summary."""
         self._close()
         if self.config.trainer.plots:
-            self.task.pictures(self.state.weights, self.folder.path, device)
+            with self._uncompiled():
+                self.task.pictures(self.state.weights, self.folder.path, device)
         state = self.state
         metrics = {key: round(value, 4) for key, value in self.metrics.items() if key != "n"}
         summary = {

@@ -15,6 +15,12 @@ from .data import Batches, Source
 Forward = Callable[..., Any]
 
 
+def sizes_vary(training: bool) -> bool | None:
+    """`dynamic` of `torch.compile`: None has the second size that is seen make a graph for all."""
+    # not in training: PyTorch 2.11 fails on saved activations (https://github.com/pytorch/pytorch/issues/185510)
+    return False if training else None
+
+
 class Metrics(Protocol):
     """Sums over an evaluation."""
 
@@ -51,8 +57,12 @@ class Task(Protocol):
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, counted from 0."""
 
-    def compile(self, model: nn.Module) -> Forward:
-        """What is called instead of the model: its parameters, compiled by PyTorch, for each size of input anew."""
+    def compile(self, model: nn.Module, *, training: bool) -> Forward:
+        """What is called instead of the model: its parameters, compiled by PyTorch on first use.
+
+        In training each size of input gets a graph of its own, up to PyTorch's `recompile_limit` of 8; what comes after
+        runs uncompiled. In evaluation a second size makes one graph for all.
+        """
 
     def loss(self, forward: Forward, inputs: Any, targets: Any) -> Tensor:
         """The mean loss of a training batch, a scalar with gradients."""

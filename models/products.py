@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-__all__ = ["Mlp", "add_mlp", "linear", "unhooked"]
+__all__ = ["Mlp", "add_mlp", "linear", "ordinary_inference", "unhooked"]
 
 FEW_TOKENS = 128  # below, oneDNN spends more on laying out the weights than it saves
 PIECE_BYTES = 4 << 20  # hidden activations of a piece, for each thread
@@ -100,19 +100,28 @@ def _piece(tokens: Tensor, hidden: int) -> int:
     return -(-len(tokens) // -(-len(tokens) // most))
 
 
-def _inference(x: Tensor) -> bool:
-    """Whether x is an ordinary float32 tensor on a CPU, large enough, and nobody traces or differentiates."""
+def ordinary_inference(*tensors: Tensor) -> bool:
+    """Whether these are tensors of PyTorch's own class and nobody traces, differentiates or vectorizes.
+
+    To be asked first: whatever is asked of a tensor while a graph is made becomes a condition of that graph.
+    """
     return (
-        # first: whatever is asked of x while a graph is made becomes a condition of that graph
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(x) is Tensor for x in tensors)
+    )
+
+
+def _inference(x: Tensor) -> bool:
+    """Whether x is an ordinary float32 tensor on a CPU, large enough, in inference."""
+    return (
+        ordinary_inference(x)
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and type(x) is Tensor
         and x.numel() >= FEW_TOKENS * x.shape[-1]
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
     )
 
 

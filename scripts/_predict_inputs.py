@@ -6,7 +6,7 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from nearfield.engine.dense.pairs import ENDINGS
 
 
 def gather(arguments: Iterable[str]) -> tuple[list[Path], dict[str, str]]:
@@ -22,7 +22,7 @@ def gather(arguments: Iterable[str]) -> tuple[list[Path], dict[str, str]]:
         if path.is_dir():
             files = [file for file in sorted(path.rglob("*")) if _is_picture(file.relative_to(path)) and file.is_file()]
             if not files:
-                wrong[argument] = f"{argument}: no picture in this folder ({', '.join(IMG_EXTENSIONS)})"
+                wrong[argument] = f"{argument}: no picture in this folder ({', '.join(ENDINGS)})"
         elif path.exists() or not glob.has_magic(argument):
             files = [path]  # one that is not there is said by whoever opens it
         else:
@@ -34,4 +34,4 @@ def gather(arguments: Iterable[str]) -> tuple[list[Path], dict[str, str]]:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in IMG_EXTENSIONS and not any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in ENDINGS and not any(part.startswith(".") for part in path.parts)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = _Run(options)
     except (UserError, ValueError, OSError) as error:
-        print(f"predict: {_line(error)}", file=sys.stderr)
+        print(f"predict: {_line(error).replace('model.checkpoint=', '--checkpoint ')}", file=sys.stderr)
         return 2
     interrupted = False
     try:

@@ -295,10 +295,16 @@ class _Reader:
             np.array(labels, np.int64),
             found,
             self.areas(areas, found, names),
-            np.array([bool(entry.get("iscrowd", 0)) for entry in kept], bool),
+            np.array([self.crowd(entry, name) for entry, name in zip(kept, names, strict=True)], bool),
             Packed(packed) if masks else None,
         )
         return objects.where(self.order(objects, sizes, names))
+
+    def crowd(self, entry: Mapping[str, Any], name: str) -> bool:
+        value = entry.get("iscrowd") or 0
+        if value not in (0, 1):
+            self.fail(f"{name}: iscrowd={value!r} must be 0 or 1: correct or remove the annotation")
+        return bool(value)
 
     def mask(self, entry: Mapping[str, Any], name: str, size: tuple[int, int]) -> bytes:
         if not entry.get("segmentation"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import TaskConfig
-from ..task import Curves, Forward
+from ..task import Curves, Forward, sizes_vary
 
 
 class DenseTask:
@@ -29,10 +29,9 @@ class DenseTask:
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Nothing changes over the epochs."""
 
-    def compile(self, model: nn.Module) -> Forward:
+    def compile(self, model: nn.Module, *, training: bool) -> Forward:
         """The backbone, where it stands: what comes after it looks at values, and goes by them."""
-        # sizes as variables: see the classification task
-        cast(Any, model).backbone.compile(dynamic=False)
+        cast(Any, model).backbone.compile(dynamic=sizes_vary(training))
         return model
 
     def describe(self, metrics: Mapping[str, float]) -> str:

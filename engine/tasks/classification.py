@@ -14,7 +14,7 @@ from .. import data, network
 from ..config import AugConfig, EvalConfig, TaskConfig, TrainConfig
 from ..errors import ConfigError
 from ..metrics import ClassificationMetrics
-from ..task import Curves, Forward, Prepared
+from ..task import Curves, Forward, Prepared, sizes_vary
 
 
 class Classification:
@@ -55,10 +55,9 @@ class Classification:
         if self.mixup is not None:
             self.mixup.mixup_enabled = epoch < epochs - self.mixup_off_epochs
 
-    def compile(self, model: nn.Module) -> Forward:
-        """The whole model: a graph for the crops it is trained on, one for those it is evaluated on."""
-        # sizes as variables: PyTorch 2.11 fails on the saved activations (github.com/pytorch/pytorch/issues/185510)
-        compiled: Forward = torch.compile(model, dynamic=False)
+    def compile(self, model: nn.Module, *, training: bool) -> Forward:
+        """The whole model."""
+        compiled: Forward = torch.compile(model, dynamic=sizes_vary(training))
         return compiled
 
     def loss(self, forward: Forward, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Feature pyramid network (Lin et al., CVPR 2017, arXiv 1612.03144), which makes no upsampled copies in inference."""
+"""Feature pyramid network (Lin et al., CVPR 2017, arXiv 1612.03144).
+
+In inference no upsampled copy is made of a map that is added to a channels-last one of twice its size.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 
-from ..products import unhooked
+from ..products import ordinary_inference, unhooked
 
 __all__ = ["FPN"]
 
@@ -36,10 +39,7 @@ def _add_upsampled(fine: Tensor, coarse: Tensor, ours: bool) -> Tensor:
     """``fine`` plus ``coarse`` at its size, by nearest neighbours; stored in ``fine`` if it is ours to change."""
     in_place = (
         ours
-        # first: whatever is asked of a tensor while a graph is made becomes a condition of that graph
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_grad_enabled()
+        and ordinary_inference(fine, coarse)
         and fine.shape[2:] == (2 * coarse.shape[2], 2 * coarse.shape[3])
         # otherwise the innermost loop runs over two neighbours, not over channels: slower than a copy
         and fine.is_contiguous(memory_format=torch.channels_last)
@@ -53,4 +53,5 @@ def _add_upsampled(fine: Tensor, coarse: Tensor, ours: bool) -> Tensor:
 
 def _makes_its_own(block: nn.Module) -> bool:
     """Whether nobody but the caller holds what a block returns: a convolution made it, and no hook saw it."""
-    return unhooked(block, Conv2dNormActivation) and all(unhooked(part, nn.Conv2d) for part in block.children())
+    parts = list(block.children())
+    return unhooked(block, Conv2dNormActivation) and len(parts) == 1 and unhooked(parts[0], nn.Conv2d)

@@ -434,6 +434,8 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": "abc"}
         ),
         (put(segmentation={**RLE, "counts": [-5, 2405]}), "annotation 55: its run lengths cover 2400 pixels"),
         (put(segmentation={**RLE, "counts": ["a"]}), "annotation 55: the counts of run lengths are"),
+        (put(iscrowd="0"), "annotation 55: iscrowd='0' must be 0 or 1"),
+        (put(iscrowd=2), "annotation 55: iscrowd=2 must be 0 or 1"),
         (lambda c: c["categories"].clear(), "no categories"),
         (lambda c: c["categories"].append({"id": 3}), "category id 3 occurs twice"),
         (lambda c: c["categories"].append({"name": "x"}), r"categories\[3\] has the id None: ids are whole numbers"),

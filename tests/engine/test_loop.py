@@ -451,10 +451,13 @@ def test_a_compiled_model_trains_and_writes_plain_keys(tmp_path: Path) -> None:
     import shutil
 
     from nearfield.checkpoints import read
+    from torch._dynamo.utils import counters
 
     if shutil.which("g++") is None:
         pytest.skip("compile=true on a CPU needs g++, which is not installed")
     overrides = ["debug=fdr", "compile=true", "trainer.plots=false", f"paths.runs={tmp_path}", "hardware=cpu"]
+    counters["stats"].clear()
     summary = fit.train(door.compose("train", TrainConfig, overrides))
+    assert counters["stats"]["unique_graphs"] == 1
     state = read(Path(summary["run_dir"]) / "last.safetensors")
     assert set(state) == set(nearfield.create_model("nat_nano", num_classes=10).state_dict())

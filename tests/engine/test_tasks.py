@@ -13,11 +13,16 @@ import pytest
 import torch
 from nearfield import checkpoints
 from nearfield.engine import door, evaluation, fit, loop, tasks
-from nearfield.engine.config import EvalConfig, TrainConfig, TrainerConfig
+from nearfield.engine.config import EvalConfig, TaskConfig, TrainConfig, TrainerConfig
 from nearfield.engine.dense import sources
+from nearfield.engine.dense.task import DenseTask
 from nearfield.engine.errors import CheckpointMismatchError, ConfigError, DataError
 from nearfield.engine.optim import create_scheduler
+from nearfield.models.dense import create_segmentor
 from PIL import Image
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 CPU = torch.device("cpu")
 FDR = ["debug=fdr", "hardware=cpu", "logger=csv"]
@@ -82,13 +87,30 @@ def test_a_run_is_evaluated_again_with_the_same_numbers(
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_is_compiled(task: str, runs: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """In training, which writes plain keys, and in evaluation."""
+    counters["stats"].clear()
     compiled = fit.train(composed(f"task={task}", *FDR, "compile=true", f"paths.runs={tmp_path}"))
+    assert counters["stats"].pop("unique_graphs") == 1
     keys = [set(checkpoints.read(Path(run["run_dir"]) / "last.safetensors")) for run in (compiled, runs[task])]
     assert keys[0] == keys[1]
     overrides = [f"run={runs[task]['run_dir']}", "compile=true", f"paths.results={tmp_path / 'results.csv'}"]
     summary = evaluation.evaluate(door.compose("eval", EvalConfig, overrides), ["run", "compile", "paths.results"])
+    assert counters["stats"].pop("unique_graphs") >= 1
     primary = {"detection": "box_ap", "segmentation": "miou"}[task]
     assert summary[primary] == pytest.approx(runs[task][primary], abs=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_images_of_many_sizes_are_evaluated_by_two_graphs(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the first size, one of all others; in training each has its own."""
+    counter, compile_module = CompileCounterWithBackend("eager"), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: compile_module(module, backend=counter, **how))
+    model = create_segmentor("nat_nano_128", "fpn", num_classes=3, aux=False).train(training)
+    forward = DenseTask(TaskConfig(), None).compile(model, training=training)
+    sizes = [(64 + 8 * i, 128 - 12 * i) for i in range(3 if training else 6)]
+    with torch.set_grad_enabled(training):
+        for size in sizes:
+            forward(torch.randn(2, 3, *size))
+    assert counter.frame_count == (len(sizes) if training else 2)
 
 
 @pytest.mark.parametrize(

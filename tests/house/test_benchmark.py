@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,13 @@ import torch
 from torch import Tensor
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def test_documents_name_the_command_that_writes_them() -> None:
+    root = SCRIPTS.parent
+    written = {path: re.search(r"--markdown ([^`\s]+)", path.read_text()) for path in root.glob("docs/benchmarks*.md")}
+    assert len(written) >= 2
+    assert {path: root / found[1] for path, found in written.items() if found} == {path: path for path in written}
 
 
 @pytest.fixture(scope="module")

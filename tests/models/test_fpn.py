@@ -71,6 +71,24 @@ def test_maps_of_twice_the_size_are_added_in_place(monkeypatch: pytest.MonkeyPat
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("batched", ["maps", "weights"])
+def test_it_is_vectorized(batched: str) -> None:
+    ours, theirs = _both()
+    maps = {name: torch.stack([y, 2 * y]) for name, y in _maps(SIZES["even"], torch.channels_last).items()}
+    if batched == "maps":
+        got = torch.func.vmap(ours)(maps)
+        want = [theirs({name: y[i] for name, y in maps.items()}) for i in range(2)]
+    else:
+        parameters = dict(ours.named_parameters())
+        scaled = {name: torch.stack([p, 2 * p]) for name, p in parameters.items() if name == "inner_blocks.1.0.weight"}
+        one = {name: y[0] for name, y in maps.items()}
+        got = torch.func.vmap(lambda own: torch.func.functional_call(ours, {**parameters, **own}, (one,)))(scaled)
+        want = [torch.func.functional_call(theirs, {n: p[i] for n, p in scaled.items()}, (one,)) for i in range(2)]
+    for name, y in got.items():
+        torch.testing.assert_close(y, torch.stack([part[name] for part in want]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_hook_keeps_what_it_saw() -> None:
     ours, _ = _both()
     seen: list[Tensor] = []
