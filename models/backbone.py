@@ -215,7 +215,7 @@ class Backbone(LoadsPublished):
         last = max(wanted)
         stages = self.stages[: last + 1] if stop_early else self.stages
         maps = []
-        x = self.stem(x)
+        x = self.first_map(x)
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in wanted:
@@ -250,10 +250,16 @@ class Backbone(LoadsPublished):
         head = (f"{CLASSIFIER}.",) if isinstance(self.head.fc, nn.Identity) else ()
         return stages + norm + head
 
+    def first_map(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) to the stem's map (B, H', W', dims[0])."""
+        # An image in the layout of the maps, a copy of a few channels: convolutions keep it, so that no map is copied
+        # for the norm after them. Not `memory_format=torch.channels_last`, which torch.func.vmap does not know.
+        return self.stem(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Image (B, in_chans, H, W) to the normed last map (B, H', W', num_features)."""
         self.check_input(x)
-        x = self.stem(x)
+        x = self.first_map(x)
         for stage in self.stages:
             x = stage(x)
         return self.norm(x)

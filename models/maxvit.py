@@ -134,7 +134,6 @@ class MaxViTStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) image to (B, ceil(H/s), ceil(W/s), width[1]) map."""
-        x = x.contiguous(memory_format=torch.channels_last)
         return self.conv2(self.norm(self.conv1(x))).permute(0, 2, 3, 1)
 
 
