@@ -65,8 +65,8 @@ def map_sizes(img_size: Pair, stem_stride: int, stages: int) -> list[Pair]:
 def round_up(size: int, unit: int) -> int:
     """The next multiple of a unit.
 
-    Divided and multiplied, as a size that is a variable of a graph stays a short formula through stage after stage;
-    with remainders the compiler thinks for minutes.
+    Divided and multiplied: a size that is a variable of a graph stays a short formula through stage after stage, which
+    it does not with remainders.
     """
     return (size + unit - 1) // unit * unit
 

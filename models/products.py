@@ -12,10 +12,11 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-__all__ = ["Mlp", "add_mlp", "linear", "ordinary_inference", "unhooked"]
+from .inference import ordinary_inference, unhooked
+
+__all__ = ["Mlp", "add_mlp", "linear"]
 
 FEW_TOKENS = 128  # below, oneDNN spends more on laying out the weights than it saves
 PIECE_BYTES = 4 << 20  # hidden activations of a piece, for each thread
@@ -100,20 +101,6 @@ def _piece(tokens: Tensor, hidden: int) -> int:
     return -(-len(tokens) // -(-len(tokens) // most))
 
 
-def ordinary_inference(*tensors: Tensor) -> bool:
-    """Whether these are tensors of PyTorch's own class and nobody traces, differentiates or vectorizes.
-
-    To be asked first: whatever is asked of a tensor while a graph is made becomes a condition of that graph.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(x) is Tensor for x in tensors)
-    )
-
-
 def _inference(x: Tensor) -> bool:
     """Whether x is an ordinary float32 tensor on a CPU, large enough, in inference."""
     return (
@@ -123,12 +110,6 @@ def _inference(x: Tensor) -> bool:
         and x.numel() >= FEW_TOKENS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def unhooked(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of one of these very classes and calling it runs its forward alone."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or modules._has_any_global_hook()
-    return type(module) in kinds and not hooks and "forward" not in vars(module)
 
 
 def _bare(module: nn.Module, *kinds: type[nn.Module]) -> bool:

@@ -142,8 +142,8 @@ compared with the first peer of its row, outputs and, where they are computed, a
   left out.
 - timm's Swin rolls and cuts the map before its projection, on a third of the channels. The two rows "in its own
   order" leave the projection out at no cost for timm; they have no target.
-- A process pays page faults for large buffers until its allocator has learnt to keep them. In a run of every row timm's
-  Swin-T no longer pays them by the time of NAT-T's row; in a fresh process they are a tenth of its forward.
+- All rows but those of memory share a process, whose allocator keeps what the rows before asked for. A process of their
+  own gives other ratios: `python scripts/benchmark.py --model nat_tiny,swin_tiny_patch4_window7_224`.
 """
 
 

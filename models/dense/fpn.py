@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 
-from ..products import ordinary_inference, unhooked
+from ..inference import ordinary_inference, unhooked
 
 __all__ = ["FPN"]
 

@@ -347,6 +347,8 @@ def test_mistakes_are_one_line(
     assert "without weights" in fails(picture, "--model", "nat_nano")
     assert "nat_nanno" in fails(picture, "--model", "nat_nanno", "--checkpoint", weights)
     assert "neither a file" in fails(picture, "--model", "nat_nano", "--checkpoint", "gone.pth")
+    dense = ("--task", "detection", "--model", "nat_nano", "--num-classes", 3)
+    assert fails(picture, *dense, "--checkpoint", "gone.pth").startswith("predict: --checkpoint gone.pth: ")
     assert "no run folder" in fails(picture, "--checkpoint", photos)
     assert "both given" in fails(picture, "--checkpoint", weights, "--pretrained")
     assert "is of nat_nano" in fails(picture, "--checkpoint", detector[1], "--model", "swin_nano")

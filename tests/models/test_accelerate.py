@@ -337,7 +337,6 @@ def test_copies_and_pickles_are_accelerated_too(name: str) -> None:
 def test_compiles_without_a_break(name: str) -> None:
     theirs, ours, _ = pair(name)
     x = images(theirs)
-    torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert_same_step(compiled, theirs, x)
 

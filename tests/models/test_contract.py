@@ -301,7 +301,6 @@ def test_small_image_models_are_small(name: str) -> None:
 @pytest.mark.parametrize("name", NANO)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(name: str, backend: str) -> None:
-    torch._dynamo.reset()
     model, x = randomise(nearfield.create_model(name, num_classes=10)), image(36, 44)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     y = model(x)
@@ -314,6 +313,19 @@ def test_compiles_as_one_graph(name: str, backend: str) -> None:
     largest = max(float(b.norm()) for b in expected)
     for a, b in zip(got, expected, strict=True):
         assert (a - b).norm() <= 1e-3 * b.norm() + 1e-5 * largest
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_images_enter_in_the_layout_of_the_maps(name: str) -> None:
+    """Also where an image is one of a vectorized batch."""
+    model, x = randomise(nearfield.create_model(name, num_classes=10)).eval(), image(36, 44)
+    strides: list[tuple[int, ...]] = []
+    hook = model.stem.register_forward_pre_hook(lambda _, args: strides.append(args[0].stride()))
+    with torch.inference_mode():
+        y = model(x)
+        assert strides == [x.to(memory_format=torch.channels_last).stride()]
+        hook.remove()
+        torch.testing.assert_close(torch.func.vmap(model)(x[:, None])[:, 0], y, rtol=1e-4, atol=1e-5)
 
 
 def test_exports(small: Small) -> None:

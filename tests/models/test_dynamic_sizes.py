@@ -24,7 +24,6 @@ def _every_nano() -> list[object]:
 
 @pytest.mark.parametrize("name", _every_nano())
 def test_images_of_all_sizes_share_a_graph(name: str) -> None:
-    torch._dynamo.reset()
     model = nearfield.create_model(name, num_classes=10).eval()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -37,7 +36,6 @@ def test_images_of_all_sizes_share_a_graph(name: str) -> None:
 
 def test_a_size_that_is_given_is_not_padded_for_others() -> None:
     """A graph of one size has no padding, no cropping where there is nothing to pad."""
-    torch._dynamo.reset()
     model = nearfield.create_model("swin_nano", num_classes=10).eval()
     counter = CompileCounterWithBackend("eager")
     with torch.inference_mode():

@@ -97,7 +97,6 @@ def test_neighborhoods_on_the_curve_pad_a_short_one_at_its_end(size: tuple[int, 
     ("name", "sizes"), [("hnt_nano", {"kernel_size": 49}), pytest.param("hwt_nano", {}, marks=pytest.mark.slow)]
 )
 def test_one_model_compiles_for_every_size_and_exports(name: str, sizes: dict[str, int]) -> None:
-    torch._dynamo.reset()
     model = nearfield.create_model(name, num_classes=5, depths=(1, 1, 1), **sizes).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
