@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
+import runpy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import nearfield
@@ -103,17 +104,8 @@ def multiply_adds(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _golden_fill() -> Any:
-    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 GOLDEN = Path(__file__).parents[1] / "golden"
-fill = _golden_fill()
+fill: Any = SimpleNamespace(**runpy.run_path(str(GOLDEN / "fill.py")))
 
 
 def read_golden(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Tensor]]:
