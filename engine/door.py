@@ -11,7 +11,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,9 +56,9 @@ def run(door: str, kind: type[T], job: Job[T], argv: Sequence[str] | None = None
         The exit code: 0, or that of the error, which is printed as one line on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _route_warnings()
     try:
-        _compose(door, kind, job, arguments)
+        with _routed_warnings():
+            _compose(door, kind, job, arguments)
     except Interrupted as stop:
         return _complain(door, str(stop), INTERRUPTED)
     except KeyboardInterrupt:
@@ -294,13 +296,23 @@ class _Warnings(logging.Handler):
         print(f"{record.levelname.lower()}: {record.getMessage()}", flush=True)  # noqa: T201 - its purpose
 
 
-def _route_warnings() -> None:
-    logging.captureWarnings(True)  # those of libraries go to train.log alone
-    logging.getLogger("py.warnings").addHandler(logging.NullHandler())
-    logging.getLogger("timm").addHandler(logging.NullHandler())
-    ours = logging.getLogger("nearfield")
-    if not any(isinstance(handler, _Warnings) for handler in ours.handlers):
-        ours.addHandler(_Warnings(logging.WARNING))
+@contextmanager
+def _routed_warnings() -> Iterator[None]:
+    """While a job runs, warnings of libraries go to train.log alone, those of this package to stdout too."""
+    quiet, shown = logging.NullHandler(), _Warnings(logging.WARNING)
+    handlers = {"py.warnings": quiet, "timm": quiet, "nearfield": shown}
+    before = warnings.showwarning
+    logging.captureWarnings(True)
+    ours = warnings.showwarning is not before
+    for name, handler in handlers.items():
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name, handler in handlers.items():
+            logging.getLogger(name).removeHandler(handler)
+        if ours:
+            logging.captureWarnings(False)
 
 
 def _complain(door: str, message: str, code: int) -> int:

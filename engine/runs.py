@@ -32,11 +32,12 @@ class RunFolder:
         self.path = path
         self._handler = logging.FileHandler(path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        for name in _LOGGERS:
-            logger = logging.getLogger(name)
+        self._raised: list[logging.Logger] = []
+        for logger in map(logging.getLogger, _LOGGERS):
             logger.addHandler(self._handler)
             if logger.level == logging.NOTSET:
                 logger.setLevel(logging.INFO)
+                self._raised.append(logger)
 
     @classmethod
     def create(cls, root: str, task: str, model: str) -> RunFolder:
@@ -65,9 +66,11 @@ class RunFolder:
                 ) from error
 
     def close(self) -> None:
-        """Detach train.log."""
-        for name in _LOGGERS:
-            logging.getLogger(name).removeHandler(self._handler)
+        """Detach train.log and leave logging as it was found."""
+        for logger in map(logging.getLogger, _LOGGERS):
+            logger.removeHandler(self._handler)
+        for logger in self._raised:
+            logger.setLevel(logging.NOTSET)
         self._handler.close()
 
     def write(self, name: str, text: str) -> Path:

@@ -507,8 +507,8 @@ def test_opening_twenty_thousand_annotations_takes_less_than_two_seconds(tmp_pat
 
 
 def test_scenes_are_a_set_of_this_format(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = scenes.write_scenes(tmp_path, count_train=4, count_val=3)
     with caplog.at_level(logging.WARNING, "nearfield.engine"):
+        root = scenes.write_scenes(tmp_path, count_train=4, count_val=3)
         data = CocoSet(root / "images" / "val", root / "annotations" / "instances_val.json", masks=True)
     assert not caplog.records
     assert data.class_names == scenes.CLASSES

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,6 +171,18 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path: Path) -> None:
         folder.close()
     assert first.path != second.path
     assert second.path.parent == tmp_path / "classification"
+
+
+def test_logging_is_left_as_it_was_found(main: Main) -> None:
+    def found() -> list[tuple[int, list[logging.Handler]]]:
+        names = ("nearfield", "nearfield.engine", "timm", "py.warnings")
+        return [(logger.level, list(logger.handlers)) for logger in map(logging.getLogger, names)]
+
+    before, show = found(), warnings.showwarning
+    for arguments, expected in ((FDR, 0), (["data=folder", "data.root=nowhere"], 3)):
+        code, _, err = main("train", *arguments)
+        assert code == expected, err
+        assert (found(), warnings.showwarning) == (before, show)
 
 
 def test_a_sweep_runs_every_combination(main: Main, tmp_path: Path) -> None:
