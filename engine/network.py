@@ -132,7 +132,7 @@ def _build_dense(
 
 def _load_whole(model: Any, source: str, what: str) -> None:
     """Every weight of a detector or segmentor from a file; only a head that evaluation does not use may be missing."""
-    from ..models.dense.published import read_dense
+    from ..models.dense.loading import read_dense
 
     try:
         state = read_dense(source)

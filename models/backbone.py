@@ -9,22 +9,21 @@ over; all the rest (features, classifier, layer decay, checkpointing, published 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any
 
 from timm.layers import ClassifierHead, trunc_normal_
 from torch import Tensor, nn
 
-from ..checkpoints import Layout
 from .arguments import check_arguments, check_pool
 from .layers import NormLayer, Pair, Size, Stage, to_pair
 from .loading import CLASSIFIER, LoadsPublished, fit_state_dict, position_tables
+from .published import Published
 
 MIN_IMAGE = 32
 
 
-class Backbone(LoadsPublished):
+class Backbone(LoadsPublished, Published):
     """Hierarchical backbone with timm's interface.
 
     Args:
@@ -41,14 +40,9 @@ class Backbone(LoadsPublished):
         num_features: channels after the final norm where it changes them, None for dims[-1].
         head: a head of the family's own, in place of the final norm and timm's ClassifierHead.
 
-    Class attributes, set by the families: ``layouts`` (published layouts), ``first_conv`` (name of the first
-    convolution) and ``out_norm`` (makes the norm that the published detectors and segmentors put on every map that they
-    take, None for none).
+    The class attributes that the families set are those of ``Published``.
     """
 
-    layouts: ClassVar[tuple[Layout, ...]] = ()
-    first_conv: ClassVar[str] = "stem.proj"
-    out_norm: ClassVar[type[nn.Module] | partial[Any] | None] = None
     output_fmt = "NHWC"
 
     # a ModuleList of Stage, whose items no type checker knows

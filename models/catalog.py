@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from .backbone import Backbone
-
+from .published import Published
 
 TASKS = ("classification", "detection", "segmentation")
 
@@ -47,7 +45,7 @@ class Variant:
     """
 
     name: str
-    family: type[Backbone]
+    family: type[Published]
     kwargs: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -60,11 +58,11 @@ class Variant:
         check_task(task)
         return {**self.kwargs, **self.tasks.get(task or "", {})}
 
-    def build(self, **overrides: Any) -> Backbone:
+    def build(self, **overrides: Any) -> Published:
         """The bare backbone, without the registry's configuration."""
         return self.family(**{**self.kwargs, **overrides})
 
-    def skeleton(self) -> Backbone:
+    def skeleton(self) -> Published:
         """A new model of it on the meta device, for RGB images and without a classifier."""
         with torch.device("meta"), _Undrawn():
             return self.build(num_classes=0, in_chans=3)

@@ -12,7 +12,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.models import adapt_input_conv
@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from ..checkpoints import CheckpointMismatch, convert, describe_mismatch, unwrap
 from . import catalog
 from .layers import PositionTables
-
-if TYPE_CHECKING:
-    from .backbone import Backbone
+from .published import Published
 
 _logger = logging.getLogger("nearfield.models")
 
@@ -42,7 +40,7 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def fit_state_dict(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+def fit_state_dict(state: Mapping[str, Tensor], model: Published) -> dict[str, Tensor]:
     """A state dict of any layout that ``model`` knows, in the model's own layout and table sizes.
 
     Keys that are the model's own already stay as they are. Bias tables of another window or kernel size are resized
@@ -76,7 +74,7 @@ def position_tables(model: nn.Module) -> dict[str, tuple[PositionTables, str]]:
 def _resize_tables(
     fitted: dict[str, Tensor],
     tables: Mapping[str, tuple[PositionTables, str]],
-    model: Backbone,
+    model: Published,
     names: Sequence[str],
 ) -> None:
     """Bring ``tables`` in ``fitted`` to the model's sizes; ``names`` are the models whose file it is, if any's."""
@@ -198,7 +196,7 @@ def _fits(state: Mapping[str, Tensor], variant: catalog.Variant) -> bool:
     return {**body, conv: torch.Size((out, 3, *kernel))} == variant.shapes
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Backbone) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Published) -> dict[str, Tensor]:
     """timm's ``pretrained_filter_fn``: unwrapped, converted, resized, and strictly checked.
 
     The classifier and the first convolution are not checked: timm adapts them afterwards to another number of classes
@@ -214,7 +212,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Backbone) -> dict
     return fitted
 
 
-def published_options(state: Mapping[str, Tensor], family: type[Backbone]) -> dict[str, int]:
+def published_options(state: Mapping[str, Tensor], family: type[Published]) -> dict[str, int]:
     """``num_classes`` and ``in_chans`` of the model that a file was saved from, where its keys tell."""
     state, _ = _converted_or_empty(state, family.layouts)
     options = {}
@@ -227,7 +225,7 @@ def published_options(state: Mapping[str, Tensor], family: type[Backbone]) -> di
     return options
 
 
-def adapt_state_dict(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+def adapt_state_dict(state: Mapping[str, Tensor], model: Published) -> dict[str, Tensor]:
     """Fit a state dict to a model with another number of classes or input channels; each change is one log line.
 
     The head of another class count is left out in favour of the model's own, newly drawn one; the first convolution is
@@ -251,7 +249,7 @@ def adapt_state_dict(state: Mapping[str, Tensor], model: Backbone) -> dict[str, 
     return fitted
 
 
-def export_state_dict(model: Backbone, layout: str) -> dict[str, Tensor]:
+def export_state_dict(model: Published, layout: str) -> dict[str, Tensor]:
     """The model's weights in a published layout, bit for bit.
 
     Args:

@@ -238,7 +238,7 @@ def read_weights(source: str | Path, name: str, *, cache_dir: str | Path | None 
     return checkpoints.read(checkpoints.resolve(source, cache_dir=cache_dir))
 
 
-def _arguments(family: type[Backbone]) -> dict[str, bool]:
+def _arguments(family: type[nn.Module]) -> dict[str, bool]:
     """The constructor arguments of a family, and of its bases where it hands them what it does not know.
 
     By name, with whether None is among the values that the argument may have.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ from timm.layers import Format
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from ...checkpoints import CheckpointMismatch, describe_mismatch
 from .. import catalog
-from ..loading import convert_on_load
-from ..registry import create_model, read_weights
-from .published import fit_backbone, load_backbone
+from ..features import Features
+from ..loading import OUTPUT_NORM, convert_on_load, shapes_of
+from ..registry import create_model, load_weights, read_weights
 
+_logger = logging.getLogger("nearfield.models")
+
+_BODY, _NORMS = "body.", "norms."
 OUT_NORMS = ("auto", "layer", "none")
 
 
@@ -88,11 +93,67 @@ class DenseBackbone(nn.Module):
         self.pretrained_cfg: dict[str, Any] = body.pretrained_cfg
         self.register_load_state_dict_pre_hook(convert_on_load)
         if checkpoint_path and variant is not None:
-            load_backbone(self, read_weights(checkpoint_path, variant.name))
+            self.load_weights(read_weights(checkpoint_path, variant.name))
 
     def fit_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The given state dict, this module's or a published one, with this module's keys for all but the body."""
-        return fit_backbone(state, self)
+        """A state dict of any layout with this module's keys; what the body has to convert is left to it.
+
+        Output norms are taken by the stage in their name; those that the model does not have are left out, which one
+        log line says.
+        """
+        if not isinstance(self.body, Features) or any(key.startswith(_BODY) for key in state):
+            return dict(state)
+        own = shapes_of(self.norms)
+        fitted = {}
+        unused = set()
+        for key, value in state.items():
+            norm = OUTPUT_NORM.fullmatch(key)
+            if norm is None:
+                fitted[_BODY + key] = value
+                continue
+            stage, leaf = int(norm[1]), norm[2]
+            name = f"{self.stages.index(stage)}.{leaf}" if stage in self.stages else ""
+            if name in own:
+                fitted[_NORMS + name] = value
+            else:
+                unused.add(stage)
+        _tell_unused_norms(unused)
+        return fitted
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Load a backbone's weights: a classifier's, or those of a detector or segmentor with their output norms.
+
+        The head of a classifier is left out, tables are resized, the first convolution is adapted to the channels of
+        images, and norms that the file does not have stay as they are.
+
+        Raises:
+            CheckpointMismatch: it is another model's.
+        """
+        fitted = self.fit_state_dict(state)
+        body = {key.removeprefix(_BODY): value for key, value in fitted.items() if key.startswith(_BODY)}
+        if isinstance(self.body, Features):
+            load_weights(self.body, {key.removeprefix("model."): value for key, value in body.items()})
+        else:
+            check_fits(body, shapes_of(self.body), "the backbone")
+            self.body.load_state_dict(body)
+        norms = {key.removeprefix(_NORMS): value for key, value in fitted.items() if key.startswith(_NORMS)}
+        if norms:
+            self.norms.load_state_dict(self._norms_here(norms), strict=False)
+
+    def _norms_here(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Norms of a model of this package by their place here: it may take other stages, told by their widths."""
+        own = shapes_of(self.norms)
+        place = {width: i for i, width in enumerate(self.channels)}
+        here, unused = {}, set()
+        for key, value in norms.items():
+            index, leaf = key.split(".")
+            name = f"{place.get(value.shape[0])}.{leaf}"
+            if name in own:
+                here[name] = value
+            else:
+                unused.add(int(index))
+        _tell_unused_norms(unused)
+        return here
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Image (B, in_chans, H, W) to maps (B, channels[i], H / strides[i], W / strides[i])."""
@@ -142,6 +203,19 @@ class DenseBackbone(nn.Module):
         """The bare backbone, and the prefix of its parameters here."""
         inner = getattr(self.body, "model", None)
         return (self.body, "body.") if inner is None else (inner, "body.model.")
+
+
+def _tell_unused_norms(stages: Iterable[int]) -> None:
+    which = ", ".join(str(stage) for stage in sorted(stages))
+    if which:
+        _logger.warning("the file's output norms of stages %s are left out: the model has none there", which)
+
+
+def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Any], what: str) -> None:
+    """CheckpointMismatch, which names the keys, unless ``state`` has exactly the ``expected`` keys and shapes."""
+    difference = describe_mismatch(state, expected)
+    if difference:
+        raise CheckpointMismatch(f"{what} in the file and in the model differ: {difference}")
 
 
 def _timm_features(

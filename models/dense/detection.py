@@ -19,15 +19,13 @@ from .backbone import DenseBackbone
 from .cascade import CascadeHeads
 from .geometry import Anchors, RegionPool, Resize
 from .heads import CELLS, fcos_head, in_full_precision, proposal_network, region_heads
-from .published import CASCADE, MASK_RCNN, LoadsPublishedDense, load_dense, read_dense
+from .loading import LoadsPublishedDense, load_dense, read_dense
+from .published import CASCADE, DETECTOR_BODY, MASK_RCNN
 from .pyramid import Pyramid
 
 HEADS = ("mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "cascade_rcnn", "retinanet", "fcos")
 BOX_LOSSES = ("smooth_l1", "giou")
 BOX_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
-
-
-_BODY = "model.backbone.body."
 
 
 class Detector(LoadsPublishedDense):
@@ -47,7 +45,7 @@ class Detector(LoadsPublishedDense):
     """
 
     layouts = (MASK_RCNN, CASCADE)
-    body = _BODY
+    body = DETECTOR_BODY
     optional = {"the mask head": re.compile(r".*\.mask_(head|predictor)\.")}
     classifiers = re.compile(
         r"model\.(roi_heads\.(stages\.\d+\.)?(box_predictor\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits)"
@@ -144,12 +142,12 @@ class Detector(LoadsPublishedDense):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay besides norms and biases."""
-        return {_BODY + name for name in self.backbone.no_weight_decay()}
+        return {DETECTOR_BODY + name for name in self.backbone.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
         """timm's layer groups for layer decay: the backbone's, then all else. As ``DenseBackbone.group_matcher``."""
         groups = self.backbone.group_matcher(coarse)
-        return lambda name: groups(name.removeprefix(_BODY))
+        return lambda name: groups(name.removeprefix(DETECTOR_BODY))
 
 
 def create_detector(

@@ -12,7 +12,8 @@ from torch import Tensor
 from .backbone import DenseBackbone
 from .convs import resize
 from .fcn import FCN
-from .published import SEMANTIC_FPN, UPERNET, LoadsPublishedDense, load_dense, read_dense
+from .loading import LoadsPublishedDense, load_dense, read_dense
+from .published import SEGMENTOR_BODY, SEMANTIC_FPN, UPERNET
 from .semantic_fpn import SemanticFPN
 from .upernet import UPerNet
 
@@ -36,6 +37,7 @@ class Segmentor(LoadsPublishedDense):
     """
 
     layouts = (UPERNET, SEMANTIC_FPN)
+    body = SEGMENTOR_BODY
     optional = {"aux_head": re.compile(r"aux_head\.")}
     classifiers = re.compile(r"(aux_)?head\.classifier\.conv\.(weight|bias)")
 
@@ -66,7 +68,7 @@ class Segmentor(LoadsPublishedDense):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that take no weight decay besides norms and biases."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        return {SEGMENTOR_BODY + name for name in self.backbone.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
         """timm's layer groups for layer decay: those of the backbone, and one last group of all heads.
@@ -78,7 +80,9 @@ class Segmentor(LoadsPublishedDense):
             a function from the name of a parameter to its group.
         """
         groups = self.backbone.group_matcher(coarse)
-        return lambda name: groups(name.removeprefix("backbone.")) if name.startswith("backbone.") else (float("inf"),)
+        return lambda name: (
+            groups(name.removeprefix(SEGMENTOR_BODY)) if name.startswith(SEGMENTOR_BODY) else (float("inf"),)
+        )
 
 
 def create_segmentor(
