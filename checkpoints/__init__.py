@@ -5,11 +5,12 @@ from __future__ import annotations
 from .download import cache_dir
 from .errors import CheckpointError, CheckpointMismatch, DownloadError, UnsafeCheckpoint
 from .index import Entry, entries, find
-from .layouts import FlippedTable, Layout, Rule, Transform, convert, describe_mismatch
+from .layouts import COUNTER, FlippedTable, Layout, Rule, Transform, convert, describe_mismatch
 from .load import read, read_metadata, resolve, save, save_torch
 from .wrappers import unwrap
 
 __all__ = [
+    "COUNTER",
     "CheckpointError",
     "CheckpointMismatch",
     "DownloadError",

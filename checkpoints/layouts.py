@@ -23,6 +23,9 @@ _FIELD = re.compile(r"\{([a-z]+)([+-]\d+)?\}")
 _INTEGER = r"(0|[1-9][0-9]*)"
 _TAIL = r"(.+)"
 
+COUNTER = "num_batches_tracked"
+"""A batch norm's count of the batches that it saw."""
+
 
 class Transform(Protocol):
     """A change of a tensor's form that loses nothing."""
@@ -308,12 +311,24 @@ def convert(
 
     Returns:
         the converted state and its layout; the state as it was and None when no layout recognises it, as is the case
-        when the keys are ours already.
+        when the keys are ours already. Either has a counter for each batch norm.
     """
+    state = _with_counters(state)
     for layout in layouts:
         if layout.recognises(state):
             return layout.to_ours(state, expected), layout
-    return dict(state), None
+    return state, None
+
+
+def _with_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With a counter of 0 for each batch norm that has none: old files and those of other programs leave it out."""
+    statistics = ".running_mean"
+    counters = {
+        key.removesuffix(statistics) + f".{COUNTER}": torch.zeros((), dtype=torch.long)
+        for key in state
+        if key.endswith(statistics)
+    }
+    return {**state, **{key: zero for key, zero in counters.items() if key not in state}}
 
 
 def describe_mismatch(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], *, limit: int = 6) -> str:

@@ -52,9 +52,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = False, backbone: bool = Tr
     """
     path = Path(path)
     if path.is_dir():
-        inside = sorted(item.name for item in path.iterdir() if item.suffix in _SUFFIXES)
-        hint = f"name one of its files: {', '.join(inside[:5])}" if inside else "there is no checkpoint file in it"
-        raise CheckpointError(f"{path} is a folder; {hint}")
+        raise _folder(path)
     try:
         with path.open("rb") as file:
             start = file.read(512)
@@ -299,10 +297,16 @@ def resolve(
     if entry is not None:
         return _resolve_entry(entry, cache_dir, offline)
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; name the checkpoint file in it")
+        raise _folder(path)
     near = index.near_matches(text)
     hint = f"similar: {', '.join(near)}" if near else "nothing published has a similar name"
     raise CheckpointError(f"{text!r} is neither a file nor a published checkpoint; {hint}")
+
+
+def _folder(path: Path) -> CheckpointError:
+    inside = sorted(item.name for item in path.iterdir() if item.suffix in _SUFFIXES)
+    hint = f"name one of its files: {', '.join(inside[:5])}" if inside else "there is no checkpoint file in it"
+    return CheckpointError(f"{path} is a folder; {hint}")
 
 
 def _resolve_entry(entry: index.Entry, cache_dir: str | os.PathLike[str] | None, offline: bool | None) -> Path:

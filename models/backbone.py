@@ -15,7 +15,7 @@ from typing import Any
 from timm.layers import ClassifierHead, trunc_normal_
 from torch import Tensor, nn
 
-from .arguments import check_arguments, check_pool
+from .arguments import check_entries, check_pool
 from .layers import NormLayer, Pair, Size, Stage, to_pair
 from .loading import CLASSIFIER, LoadsPublished, fit_state_dict, position_tables
 from .published import Published
@@ -76,9 +76,10 @@ class Backbone(LoadsPublished, Published):
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = num_features or dims[-1]
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
+        self.feature_info[-1]["num_chs_norm"] = self.num_features
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.norm = norm_layer(dims[-1]) if head is None else nn.Identity()
@@ -113,7 +114,8 @@ class Backbone(LoadsPublished, Published):
     def set_input_size(self, img_size: Size | None = None, **sizes: Any) -> None:
         """Change the nominal image size, and whatever sizes of attention the family has (``window_size``, ...).
 
-        Tables are resized bicubically when their window or kernel changes. No call is needed to run another image size.
+        Tables are resized bicubically when their window or kernel changes: they are new parameters, so call this before
+        an optimizer is made. No call is needed to run another image size.
         """
         pair = self.img_size if img_size is None else to_pair("img_size", img_size)
         self._resize_attention(pair, **sizes)
@@ -160,7 +162,7 @@ class Backbone(LoadsPublished, Published):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier (and pooling, if given) in place; 0 classes for none."""
-        check_arguments(num_classes=num_classes)
+        check_entries(num_classes=num_classes)
         check_pool(global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
@@ -271,18 +273,18 @@ class Backbone(LoadsPublished, Published):
         return fit_state_dict(state, self)
 
 
-def take_stages(indices: int | Sequence[int] | None, stages: int) -> list[int]:
-    """Stage numbers meant by ``indices``: an int for the last n, a sequence for these, None for all.
+def take_stages(indices: int | Sequence[int] | None, stages: int, name: str = "indices") -> list[int]:
+    """Stage numbers meant by ``indices``, rising: an int for the last n, a sequence for these, None for all.
 
     Raises:
-        ValueError: a stage that the model does not have, or none at all.
+        ValueError: a stage that the model does not have, or none at all; says so of the argument ``name``.
     """
     if indices is None:
         return list(range(stages))
     if isinstance(indices, int):
         if not 0 < indices <= stages:
-            raise ValueError(f"indices={indices} asks for the last {indices} of {stages} stages: use 1 to {stages}")
+            raise ValueError(f"{name}={indices} asks for the last {indices} of {stages} stages: use 1 to {stages}")
         return list(range(stages - indices, stages))
     if not indices or not all(-stages <= i < stages for i in indices):
-        raise ValueError(f"indices={tuple(indices)} must name stages from {-stages} to {stages - 1}, at least one")
-    return [i % stages for i in indices]
+        raise ValueError(f"{name}={tuple(indices)} must name stages from {-stages} to {stages - 1}, at least one")
+    return sorted({i % stages for i in indices})

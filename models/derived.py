@@ -56,7 +56,7 @@ class Derived:
 
 
 def _may_keep(parameters: Sequence[Any]) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not parameters:
         return False
     # swapped in by functional_call, fake, sharded; or without a version, as made in inference mode
     if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):

@@ -22,7 +22,8 @@ class Features(FeatureGetterNet, LoadsPublished):
 
     Args:
         model: the backbone; pruned in place.
-        out_indices: an int for the last n stages, a sequence for these (negative from the end), None for all.
+        out_indices: an int for the last n stages, a sequence for these (negative from the end), None for all; the maps
+            come in the order of the stages.
         **options: timm's ``norm`` (norm the last stage's map), ``output_fmt`` (``NCHW`` or ``NHWC``), ``prune``.
 
     Loading takes the keys of a whole classifier (published or ours, with or without the ``model.`` prefix) and leaves
@@ -31,7 +32,8 @@ class Features(FeatureGetterNet, LoadsPublished):
     """
 
     def __init__(self, model: Backbone, out_indices: int | Sequence[int] | None = None, **options: Any) -> None:
-        super().__init__(model, out_indices=tuple(take_stages(out_indices, len(model.stages))), **options)
+        stages = take_stages(out_indices, len(model.stages), "out_indices")
+        super().__init__(model, out_indices=tuple(stages), **options)
 
     @property
     def backbone(self) -> Backbone:

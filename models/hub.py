@@ -60,6 +60,11 @@ def save_pretrained(
             f"{type(model).__name__} is no model of create_model: save the classifier itself, "
             "features_only=True is for from_pretrained"
         )
+    if len(model.stages) < len(model.feature_info):
+        raise ValueError(
+            f"{type(model).__name__} was pruned to {len(model.stages)} of {len(model.feature_info)} stages, which its "
+            "configuration does not say: save the whole model, from_pretrained(..., features_only=True) prunes it"
+        )
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class_names are given, the model has {model.num_classes} classes")
     folder = Path(folder)
@@ -130,6 +135,8 @@ def from_pretrained(
         weights = next((path for name in (WEIGHTS, "pytorch_model.bin") if (path := folder / name).is_file()), None)
         if weights is None or not (folder / CONFIG).is_file():
             raise ValueError(f"{folder} holds no {CONFIG} and {WEIGHTS}: save_pretrained writes them")
+    elif not is_hub(os.fspath(source)) and "/" not in os.fspath(source):
+        raise ValueError(f"{source} is no folder here, nor owner/name of a repository on the hub")
     else:
         folder = hub_download(str(source), CONFIG, cache_dir=cache_dir, offline=offline).parent
         weights = hub_download(str(source), cache_dir=cache_dir, offline=offline)

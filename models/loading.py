@@ -127,7 +127,8 @@ class LoadsPublished(nn.Module):
             StateDictMismatch: keys (when strict) or shapes do not fit; names them, and the models that do fit.
         """
         own = shapes_of(self)
-        if any(not isinstance(value, Tensor) for value in state_dict.values()) or not any(k in own for k in state_dict):
+        wrapped = any(not isinstance(value, Tensor) for value in state_dict.values())
+        if wrapped or (state_dict and not any(key in own for key in state_dict)):
             state_dict = unwrap(state_dict)
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -135,7 +136,7 @@ class LoadsPublished(nn.Module):
             difference = describe_mismatch(self.fit_state_dict(state_dict), shapes_of(self))
             if not difference:
                 raise
-            raise mismatch(difference, unwrap(state_dict), self) from error
+            raise mismatch(difference, unwrap(state_dict) if state_dict else {}, self) from error
 
 
 def mismatch(difference: str, state: Mapping[str, Tensor], model: nn.Module) -> StateDictMismatch:
@@ -213,7 +214,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Published) -> dic
 
 
 def published_options(state: Mapping[str, Tensor], family: type[Published]) -> dict[str, int]:
-    """``num_classes`` and ``in_chans`` of the model that a file was saved from, where its keys tell."""
+    """``num_classes`` (0 without a classifier) and ``in_chans`` of the model that a file was saved from.
+
+    What its keys do not tell is left out.
+    """
     state, _ = _converted_or_empty(state, family.layouts)
     options = {}
     for option, key, axis in (
@@ -222,6 +226,8 @@ def published_options(state: Mapping[str, Tensor], family: type[Published]) -> d
     ):
         if key in state and state[key].ndim > axis:
             options[option] = state[key].shape[axis]
+    if "in_chans" in options:
+        options.setdefault("num_classes", 0)
     return options
 
 
@@ -234,9 +240,13 @@ def adapt_state_dict(state: Mapping[str, Tensor], model: Published) -> dict[str,
     fitted = fit_state_dict(state, model)
     own = model.state_dict()
     weight, bias = f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
-    if weight in fitted and (weight not in own or fitted[weight].shape[0] != own[weight].shape[0]):
-        told = "left out" if weight not in own else f"drawn anew for {own[weight].shape[0]} classes"
-        _logger.warning("the classifier of %d classes in the file is %s", fitted[weight].shape[0], told)
+    theirs, ours = (side[weight].shape[0] if weight in side else 0 for side in (fitted, own))
+    if theirs != ours:
+        told = f"drawn anew for {ours} classes" if ours else "left out"
+        if theirs:
+            _logger.warning("the classifier of %d classes in the file is %s", theirs, told)
+        else:
+            _logger.warning("the file has no classifier: it is %s", told)
         for key in (weight, bias):
             fitted.pop(key, None)
             if key in own:

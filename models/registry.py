@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import checkpoints
 from ..checkpoints import describe_mismatch
 from . import catalog
-from .backbone import Backbone
+from .backbone import Backbone, take_stages
 from .features import Features
 from .layers import to_pair
 from .loading import (
@@ -35,6 +35,7 @@ from .loading import (
 
 _logger = logging.getLogger("nearfield.models")
 
+_OF_FEATURES = ("out_indices", "output_fmt", "norm")
 # as in timm, where no argument of a configuration can be left out
 _OWN_WHERE_NONE = ("img_size", "in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate")
 
@@ -102,8 +103,8 @@ def _cfgs(name: str, family: type[Backbone], kwargs: Mapping[str, Any]) -> dict[
 
 def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        own = "feature_cls" not in kwargs
         task = kwargs.pop("task", None)
+        features = _feature_options(variant, kwargs)
         state = _read_for_timm(variant.name, kwargs) if pretrained else None
         try:
             model = build_model_with_cfg(
@@ -111,8 +112,7 @@ def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Modul
                 variant.name,
                 pretrained and state is None,
                 pretrained_filter_fn=checkpoint_filter_fn,
-                # None: all stages, where timm would take five
-                feature_cfg={"feature_cls": Features, "out_indices": None} if own else {},
+                feature_cfg=features,
                 **{**variant.for_task(task), **kwargs},
             )
         except TypeError as error:
@@ -133,6 +133,30 @@ def _entrypoint(variant: catalog.Variant, module: str) -> Callable[..., nn.Modul
         f"{variant.family.__name__}: {', '.join(f'{key}={value}' for key, value in variant.kwargs.items())}."
     )
     return create
+
+
+def _feature_options(variant: catalog.Variant, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What features are made with: timm's ``feature_cfg``. Takes from ``kwargs`` what is meant for them.
+
+    Raises:
+        ValueError: a ``feature_cls`` that cannot wrap these models.
+    """
+    if not kwargs.get("features_only"):
+        return {}
+    options = {**(kwargs.pop("feature_cfg", None) or {})}
+    options |= {name: kwargs.pop(name) for name in (*_OF_FEATURES, "feature_cls") if name in kwargs}
+    made_by = options.setdefault("feature_cls", Features)
+    if made_by == "getter":
+        options["feature_cls"] = Features
+    elif made_by not in ("hook", Features) and not isinstance(made_by, type):
+        raise ValueError(f"feature_cls={made_by!r}: these models take 'getter' (the default), 'hook' or a class")
+    if options["feature_cls"] is not Features:
+        # where nothing is said timm would take five
+        stages = len(cast(Backbone, variant.skeleton()).feature_info)
+        options["out_indices"] = tuple(take_stages(options.get("out_indices"), stages, "out_indices"))
+    else:
+        options.setdefault("out_indices", None)
+    return options
 
 
 def _read_for_timm(name: str, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -177,7 +201,8 @@ def create_model(
         img_size: nominal image size, an int or (height, width); every model runs on other sizes too.
         **kwargs: arguments of the family's class; ``task`` (``detection``, ``segmentation``), which gives those
             that depend on the size of images (dilations, regions) the values published for it; and timm's
-            ``features_only``, ``out_indices``, ``feature_cls``, ``pretrained_cfg``, ``pretrained_cfg_overlay``,
+            ``features_only`` with ``out_indices``, ``output_fmt``, ``norm`` (see ``Features``) and ``feature_cls``
+            (``hook``, or a class, to make the maps in another way), ``pretrained_cfg``, ``pretrained_cfg_overlay``,
             ``cache_dir``. ``num_classes`` and ``in_chans`` default to what the file has; another number of classes
             draws a new classifier, another number of channels adapts the first convolution, and each says so in the
             log. None is the value None where the family's argument may have it (``topk``, ``attention``,
@@ -208,6 +233,8 @@ def create_model(
 
     source: str | Path | None = checkpoint_path
     by_timm = False
+    if isinstance(kwargs.get("pretrained_cfg"), str):  # a tag
+        kwargs["pretrained_cfg"] = _default_cfg(base, kwargs["pretrained_cfg"])
     if not source and pretrained:
         by_timm = bool(kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"})
         if not by_timm and not checkpoints.entries(base):

@@ -4,6 +4,7 @@
     python scripts/checkpoint.py convert nat_tiny.pth                        to nat_tiny.nearfield.safetensors
     python scripts/checkpoint.py convert run/best.safetensors --to shi-labs --output mine.pth --under model
     python scripts/checkpoint.py verify nat_tiny.pth --picture cat.jpg --names imagenet.txt
+    python scripts/checkpoint.py convert wide.pth --model swin_tiny --set img_size=[224,448] --set window_size=[7,14]
 
 FILE is a path, a URL, hf-hub:OWNER/NAME or a name of the index. Prints a summary and a last line of JSON; what cannot
 be done is one line on stderr and exit code 2.
@@ -12,20 +13,21 @@ be done is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import nearfield
 import torch
 from nearfield import checkpoints
-from nearfield.checkpoints import CheckpointMismatch, Entry, Layout, describe_mismatch
+from nearfield.checkpoints import COUNTER, CheckpointMismatch, Entry, Layout, describe_mismatch
 from nearfield.models import catalog
-from nearfield.models.loading import CLASSIFIER, OURS, layouts_that_fit, published_options
+from nearfield.models.loading import CLASSIFIER, OURS, layouts_that_fit, position_tables, published_options
 from torch import Tensor
 
 State = Mapping[str, Tensor]
@@ -64,11 +66,25 @@ class _File:
         if name is None:
             name = self.named or next(iter(self.fits), None)
             if name is None:
-                raise CheckpointMismatch(f"{self.path} fits no model of this package: {nearest(self.state)}")
+                raise CheckpointMismatch(f"{self.path} fits no model of this package: {_told(nearest(self.state))}")
         variant = catalog.get(name.partition(".")[0])
         if variant is None:
             raise ValueError(f"--model {name} is no model of this package: nearfield.list_models() names them")
         return variant
+
+
+def _made_with(variant: catalog.Variant, arguments: Sequence[tuple[str, Any]]) -> catalog.Variant:
+    """The variant with other arguments of its constructor.
+
+    Raises:
+        ValueError: an argument that it does not have.
+    """
+    made = dataclasses.replace(variant, kwargs={**variant.kwargs, **dict(arguments)})
+    try:
+        made.skeleton()
+    except TypeError as error:
+        raise ValueError(f"--set: {error}") from None
+    return made
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -78,19 +94,58 @@ def _header(path: Path) -> dict[str, str]:
         return {}
 
 
-def nearest(state: State) -> str:
-    """The model whose keys and shapes differ least from a file's, and how they differ."""
-    best: tuple[int, str, str] | None = None
+class Near(NamedTuple):
+    """A model that a file does not fit as it is.
+
+    Attributes:
+        models: names; several where they differ from the file alike.
+        layout: of the file for them.
+        tables_alone: whether position tables of other sizes are all that differs: loading resizes them.
+        difference: from the first of them.
+    """
+
+    models: list[str]
+    layout: str
+    tables_alone: bool
+    difference: str
+
+
+def nearest(state: State) -> Near | None:
+    """The models whose keys, and then shapes, differ least from a file's; None if no key is one of theirs."""
+    found: dict[tuple[int, int], list[tuple[catalog.Variant, str, dict[str, Tensor]]]] = {}
     for variant in catalog.variants():
         try:
-            ours = _body(checkpoints.convert(state, variant.family.layouts)[0])
+            ours, layout = checkpoints.convert(state, variant.family.layouts)
         except CheckpointMismatch:
             continue
-        shapes = {key: value.shape for key, value in ours.items()}
-        wrong = sum(shapes.get(key) != variant.shapes.get(key) for key in {**shapes, **variant.shapes})
-        if wrong < len({**shapes, **variant.shapes}) and (best is None or wrong < best[0]):
-            best = (wrong, variant.name, describe_mismatch(ours, variant.shapes, limit=3))
-    return "no key is one of its models'" if best is None else f"nearest is {best[1]}, where {best[2]}"
+        ours = _body(ours)
+        both = ours.keys() & variant.shapes.keys()
+        wrong = sum(ours[key].shape != variant.shapes[key] for key in both)
+        if wrong < len(both):
+            other_keys = len(ours.keys() ^ variant.shapes.keys())
+            name = OURS if layout is None else layout.name
+            found.setdefault((other_keys, wrong), []).append((variant, name, ours))
+    if not found:
+        return None
+    alike = found[min(found)]
+    first, layout_name, ours = alike[0]
+    tables = position_tables(first.skeleton())
+    shapes = [key for key in ours if ours[key].shape != first.shapes.get(key)]
+    return Near(
+        models=[variant.name for variant, _, _ in alike],
+        layout=layout_name,
+        tables_alone=ours.keys() == first.shapes.keys() and all(key in tables for key in shapes),
+        difference=describe_mismatch(ours, first.shapes, limit=3),
+    )
+
+
+def _told(near: Near | None) -> str:
+    if near is None:
+        return "no key is one of its models'"
+    names = " or ".join(near.models)
+    if near.tables_alone:
+        return f"it is {names}, layout {near.layout}, with position tables of another size: --model and --set say which"
+    return f"nearest is {names}, layout {near.layout}, where {near.difference}"
 
 
 def _body(state: State) -> dict[str, Tensor]:
@@ -122,8 +177,8 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
     if size:
         print(f"  made with  {', '.join(f'{key}={value}' for key, value in size.items())}")
     near = None if file.fits else nearest(file.state)
-    if near:
-        print(f"  fits no model of this package: {near}")
+    if not file.fits:
+        print(f"  fits no model of this package as it is: {_told(near)}")
     elif len(file.fits) > 1:
         print("  these models differ in nothing that a file stores: whoever made it must know which it is")
     return {
@@ -136,7 +191,7 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
         "published_as": file.entry and file.entry.name,
         "models": file.fits,
         **size,
-        "nearest": near,
+        "nearest": near and near._asdict(),
     }
 
 
@@ -146,13 +201,14 @@ def inspect(options: argparse.Namespace) -> dict[str, Any]:
 def convert(options: argparse.Namespace) -> dict[str, Any]:
     """Write the same weights in another layout; nothing is written unless the way back gives the same bits."""
     file = _File(options.file, ema=options.ema)
-    variant = file.variant(options.model)
+    variant = _made_with(file.variant(options.model), options.set)
     if options.model is None and file.named is None:
         others = {catalog.get(name).family.layouts for name in file.fits}  # type: ignore[union-attr]
         if len(others) > 1:
             raise ValueError(f"{file.path} fits {', '.join(file.fits)}, whose layouts differ: say --model NAME")
     layouts = {layout.name: layout for layout in variant.family.layouts}
     ours, found = checkpoints.convert(file.state, layouts.values(), variant.shapes)
+    shapes = {key: value.shape for key, value in ours.items()}
     if _body(ours).keys() != variant.shapes.keys():
         difference = describe_mismatch(_body(ours), variant.shapes, limit=3)
         raise CheckpointMismatch(f"{file.path} has other keys than {variant.name}: {difference}")
@@ -164,7 +220,7 @@ def convert(options: argparse.Namespace) -> dict[str, Any]:
     written = ours
     if to != OURS:
         written = layouts[to].to_theirs(ours)
-        _check_way_back(layouts[to].to_ours(written, variant.shapes), ours, to)
+        _check_way_back(layouts[to].to_ours(written, shapes), ours, to)
     output = options.output or file.folder / f"{file.path.stem}.{to}.safetensors"
     if output.resolve() == file.path.resolve():
         raise ValueError(f"{output} is the file that is read: say --output with another name")
@@ -208,6 +264,8 @@ def _other_side(name: str, found: Layout | None, layouts: Mapping[str, Layout]) 
 def _check_way_back(back: State, before: State, layout: str) -> None:
     for key, value in back.items():
         own = before.get(key)
+        if own is None and key.endswith(COUNTER):  # files need not have it
+            continue
         if own is None or own.shape != value.shape or not torch.equal(_bits(own), _bits(value)):
             raise CheckpointMismatch(
                 f"{key} does not come back as it was through the layout {layout}: nothing is written"
@@ -229,10 +287,11 @@ def verify(options: argparse.Namespace) -> dict[str, Any]:
     from _classify import describe, likeliest, names_of_classes
 
     file = _File(options.file, ema=options.ema)
-    variant = file.variant(options.model)
+    variant = _made_with(file.variant(options.model), options.set)
     name = file.entry.name if file.entry is not None and file.entry.model == variant.name else variant.name
     options_of_file: dict[str, Any] = {"num_classes": 0, **published_options(file.state, variant.family)}
-    model: Any = nearfield.create_model(options.model or name, **options_of_file).eval()
+    names = names_of_classes(options.names, options_of_file["num_classes"])
+    model: Any = nearfield.create_model(options.model or name, **{**options_of_file, **dict(options.set)}).eval()
     model.load_state_dict(file.state)
     picture, shown = as_input(options.picture, model, options.size)
     layout = file.fits.get(variant.name) or _layout_name(file.state, variant)
@@ -248,7 +307,7 @@ def verify(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{file.path}: the output of {variant.name} is not finite: the file holds broken weights")
     top: list[dict[str, Any]] = []
     if model.num_classes:
-        top = likeliest(out, names_of_classes(options.names, len(out)))
+        top = likeliest(out, names)
         print("".join(f"  {line}\n" for line in describe(top)), end="")
     else:
         print(f"  no classifier in the file: {len(out)} features, mean {out.mean():.4f}, std {out.std():.4f}")
@@ -279,6 +338,15 @@ def _size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
+def _argument(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, given, value = text.partition("=")
+    if not given or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} must be an argument of the model, like img_size=[224,448]")
+    return key, yaml.safe_load(value)
+
+
 def _output(text: str) -> Path:
     path = Path(text)
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
@@ -307,16 +375,27 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--ema", action="store_true", help="the averaged weights of a training checkpoint")
         return made
 
+    def of_model(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--model", metavar="NAME", help="whose weights they are (default the model that fits)")
+        made.add_argument(
+            "--set",
+            type=_argument,
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="an argument that this model was made with, like img_size=[224,448]; may be repeated",
+        )
+
     add(inspect)
     made = add(convert)
     made.add_argument("--to", metavar="LAYOUT", help=f"a layout of the family, or {OURS} (default the other side)")
     made.add_argument("--output", type=_output, metavar="FILE", help="default FILE.LAYOUT.safetensors beside FILE")
     made.add_argument("--under", metavar="KEY", help="in a .pth: {KEY: weights}, as the authors' loaders want it")
-    made.add_argument("--model", metavar="NAME", help="whose keys they are (default the model that fits)")
+    of_model(made)
     made = add(verify)
     made.add_argument("--picture", type=Path, metavar="FILE", help="an image (default one that is drawn)")
     made.add_argument("--names", type=Path, metavar="FILE", help="names of the classes, one a line (default numbers)")
-    made.add_argument("--model", metavar="NAME", help="load it into this one (default the likeliest that fits)")
+    of_model(made)
     made.add_argument("--size", type=_size, metavar="N|HxW", help="of the picture (default the model's own)")
     return parser
 

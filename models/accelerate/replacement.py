@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import timm
 from torch import nn
+from torch.nn.modules import module as modules
 
 Code = tuple[tuple[ModuleType, str], ...]
 
@@ -54,7 +55,7 @@ class Replacement:
     @classmethod
     def is_watched(cls, module: Any) -> bool:
         """Whether somebody listens to, or replaced, a call that the replacement does not make."""
-        return any(_is_touched(getattr(module, name)) for name in cls.absorbed)
+        return modules._has_any_global_hook() or any(_is_touched(getattr(module, name)) for name in cls.absorbed)
 
 
 def _is_touched(module: nn.Module) -> bool:
