@@ -19,6 +19,7 @@ _EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema", "ema_state_dict")
 _EMA_PREFIXES = ("model_ema.", "ema_model.", "ema.")
 _WHOLE_PREFIXES = ("module.", "model.")
 _BACKBONE = "backbone."
+_BODY, _PYRAMID = "body.", "fpn."  # within it, of torchvision's detectors
 _CLASSIFIER = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
 _DEPTH = 6
 
@@ -34,7 +35,8 @@ def unwrap(obj: Any, *, ema: bool = False, backbone: bool = True) -> dict[str, T
         obj: what the file held.
         ema: take the averaged weights; without it they are taken only when the file has no others.
         backbone: reduce a detector's or segmenter's file to what lies under ``backbone.`` (and a classifier ``head``),
-            provided that nothing outside bears the name of one of the backbone's own parts.
+            provided that nothing outside bears the name of one of the backbone's own parts; and that to what lies under
+            ``body.`` where there is a pyramid ``fpn.`` beside it, as in torchvision's detectors.
 
     Raises:
         CheckpointError: no tensors inside, or ``ema`` asked for and no averaged weights inside.
@@ -116,6 +118,9 @@ def _only_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if key in _CLASSIFIER:
             inside[key] = state[key]
     dropped = [key for key in outside if key not in inside]
+    if any(key.startswith(_PYRAMID) for key in inside) and any(key.startswith(_BODY) for key in inside):
+        dropped += [_BACKBONE + key for key in inside if not key.startswith(_BODY)]
+        inside = {key.removeprefix(_BODY): value for key, value in inside.items() if key.startswith(_BODY)}
     if dropped:
         names = ", ".join(sorted({key.split(".", 1)[0] for key in dropped}))
         _log.info("kept %d tensors of the backbone, left out %d others (%s)", len(inside), len(dropped), names)

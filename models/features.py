@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -10,9 +9,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor
 
 from .backbone import Backbone, take_stages
-from .loading import OUTPUT_NORM, LoadsPublished, fit_state_dict
-
-_logger = logging.getLogger("nearfield.models")
+from .loading import OUTPUT_NORM, LoadsPublished, fit_state_dict, tell_norms_left_out
 
 _MODEL = "model."
 
@@ -56,12 +53,8 @@ class Features(FeatureGetterNet, LoadsPublished):
         """The given state dict with this module's keys; parts that features do not need are left out."""
         bare = {key.removeprefix(_MODEL): value for key, value in state.items()}
         norms = [key for key in bare if OUTPUT_NORM.fullmatch(key)]
-        if norms:
-            told = (
-                "left out the norms that the file's detector or segmentor puts on its maps (%s): DenseBackbone has them"
-            )
-            _logger.warning(told, ", ".join(norms))
-            bare = {key: value for key, value in bare.items() if key not in norms}
+        tell_norms_left_out(norms)
+        bare = {key: value for key, value in bare.items() if key not in norms}
         fitted = fit_state_dict(bare, self.backbone)
         unused = self.backbone.pruned_prefixes()
         return {_MODEL + key: value for key, value in fitted.items() if not key.startswith(unused)}

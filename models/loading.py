@@ -26,6 +26,7 @@ from .published import Published
 _logger = logging.getLogger("nearfield.models")
 
 CLASSIFIER = "head.fc"
+_DENSE = "body.model."
 OURS = "nearfield"
 OUTPUT_NORM = re.compile(r"(?:norm|extra_norms\.)(\d+)\.(weight|bias)")
 """Norm of the map of a stage, which detectors and segmentors have: NAT's and Swin's names, BiFormer's."""
@@ -144,7 +145,7 @@ def mismatch(difference: str, state: Mapping[str, Tensor], model: nn.Module) -> 
     own = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     names = models_that_fit(state)
     advice = "it fits no model of this package"
-    if any(OUTPUT_NORM.fullmatch(key) for key in state):
+    if any(OUTPUT_NORM.fullmatch(key) or key.startswith(_DENSE) for key in state):
         advice = "it is the backbone of a detector or segmentor: make the model with features_only=True"
     elif names:
         variant = catalog.get(names[0])
@@ -213,6 +214,25 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Published) -> dic
     return fitted
 
 
+def bare_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's own keys, where they are those of a detector's or segmentor's ``DenseBackbone``.
+
+    Its output norms are left out, which one log line says.
+    """
+    body = {key.removeprefix(_DENSE): value for key, value in state.items() if key.startswith(_DENSE)}
+    if not body:
+        return state
+    tell_norms_left_out([key for key in state if not key.startswith(_DENSE)])
+    return body
+
+
+def tell_norms_left_out(keys: Sequence[str]) -> None:
+    """One log line, if there are any."""
+    if keys:
+        told = "left out the norms that the file's detector or segmentor puts on its maps (%s): DenseBackbone has them"
+        _logger.warning(told, ", ".join(keys))
+
+
 def published_options(state: Mapping[str, Tensor], family: type[Published]) -> dict[str, int]:
     """``num_classes`` (0 without a classifier) and ``in_chans`` of the model that a file was saved from.
 
@@ -245,7 +265,7 @@ def adapt_state_dict(state: Mapping[str, Tensor], model: Published) -> dict[str,
         told = f"drawn anew for {ours} classes" if ours else "left out"
         if theirs:
             _logger.warning("the classifier of %d classes in the file is %s", theirs, told)
-        else:
+        elif f"{model.first_conv}.weight" in fitted:
             _logger.warning("the file has no classifier: it is %s", told)
         for key in (weight, bias):
             fitted.pop(key, None)

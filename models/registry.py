@@ -26,6 +26,7 @@ from .loading import (
     CLASSIFIER,
     StateDictMismatch,
     adapt_state_dict,
+    bare_backbone,
     checkpoint_filter_fn,
     fit_state_dict,
     mismatch,
@@ -244,6 +245,8 @@ def create_model(
     state = None
     if source:
         state = read_weights(source, base, cache_dir=kwargs.get("cache_dir"))
+        if kwargs.get("features_only"):
+            state = bare_backbone(state)
         kwargs = {**published_options(state, variant.family), **kwargs}
     model = _ENTRYPOINTS[base](pretrained=by_timm, **kwargs)
     # timm writes these beside exported weights

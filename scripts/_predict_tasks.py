@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from _classify import describe, likeliest, transform
 from _predict_models import CLASSIFICATION, DETECTION, Loaded
 from nearfield.engine.dense import drawing
@@ -17,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import normalize, to_dtype, to_pil_image
 
-LEAST = 32  # pixels: what the segmentors take
 PICTURE = "predicted"  # the suffix of the annotated picture
 
 
@@ -113,15 +111,10 @@ class _Segmentor:
         for image in images:  # of sizes of their own
             pixels = to_dtype(image.as_subclass(Tensor).to(self.device), scale=True)
             pixels = normalize(pixels, self.loaded.mean, self.loaded.std)[None]
-            shares = inference.predict(self._logits, pixels, **self.loaded.views)
+            shares = inference.predict(inference.filled_up(self.loaded.model), pixels, **self.loaded.views)
             _check_finite(shares)
             out.append(self._prediction(image, shares[0].argmax(0).cpu()))
         return out
-
-    def _logits(self, pixels: Tensor) -> Tensor:
-        height, width = pixels.shape[-2:]
-        padded = F.pad(pixels, (0, max(0, LEAST - width), 0, max(0, LEAST - height)))
-        return self.loaded.model(padded)[..., :height, :width]
 
     def _prediction(self, image: Tensor, labels: Tensor) -> Prediction:
         counts = labels.flatten().bincount(minlength=len(self.names))

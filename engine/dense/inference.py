@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...models.backbone import MIN_IMAGE
 from .crops import as_pair, fitted_size
 
 Model = Callable[[Tensor], Any]
@@ -122,6 +123,19 @@ def _view(
     if crop is None:
         return _logits(model, images)
     return slide(model, images, crop=crop, stride=stride)
+
+
+def filled_up(model: Model, least: int = MIN_IMAGE) -> Model:
+    """`model` for images of any size: those with sides below `least` are filled up at the right and bottom."""
+
+    def filled(images: Tensor) -> Any:
+        height, width = images.shape[-2:]
+        missing = (0, max(0, least - width), 0, max(0, least - height))
+        if not any(missing):
+            return model(images)
+        return _logits(model, F.pad(images, missing))[..., :height, :width]
+
+    return filled
 
 
 def _logits(model: Model, images: Tensor) -> Tensor:

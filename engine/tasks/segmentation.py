@@ -10,13 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
+from ...models.backbone import MIN_IMAGE
 from .. import data, network
 from ..config import EvalConfig, TrainConfig
 from ..dense import inference
 from ..dense.batches import batches, check_augmentation, check_preparation, lists, policy_of, stacks
 from ..dense.classes import IGNORED
-from ..dense.crops import segmentation_policy
+from ..dense.crops import PadTo, segmentation_policy
 from ..dense.drawing import write_class_maps
 from ..dense.masks import MaskSet
 from ..dense.segmentation_metrics import SegmentationMetrics
@@ -51,10 +53,11 @@ class Segmentation(DenseTask):
         """Class maps (H, W) int64 of each image, at its size."""
         config = self.config
         scale = None if config.fit is None else (config.fit[0], config.fit[1])
+        model = inference.filled_up(forward)
         maps = []
         for image in inputs:
             probabilities = inference.predict(
-                forward,
+                model,
                 image[None],
                 scale=scale,
                 ratios=config.ratios,
@@ -128,15 +131,17 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     mean, std = data.mean_and_std(chosen, model.pretrained_cfg, source.in_chans)
     how = Normalisation(config.task.fit, config.task.ratios, config.task.flip, config.task.crop, mean, std)
 
-    # a model that shall overfit is measured on what it saw
+    # a model that shall overfit is measured on what it saw, as it saw it
     measured: MaskSet = source.train if "val" not in splits or chosen.overfit_batches else source.val
     task = Segmentation(config.task, measured)
     train = None
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)
         name, options = policy_of(config)
-        source.train.transform = segmentation_policy(name, mean=mean, std=std, **options)
+        policy = segmentation_policy(name, mean=mean, std=std, **options)
+        source.train.transform = v2.Compose([policy, PadTo(MIN_IMAGE)])
         train = batches(chosen, source.train, device, collate=stacks, training=True)
-    if measured is not source.train:
-        measured.transform = segmentation_policy("none", mean=mean, std=std)
+        if chosen.overfit_batches:
+            return Prepared(task, source, how, model, train, train)
+    measured.transform = segmentation_policy("none", mean=mean, std=std)
     return Prepared(task, source, how, model, train, batches(chosen, measured, device, collate=lists, training=False))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from timm.layers import Format
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from ...checkpoints import CheckpointMismatch, describe_mismatch
+from ... import checkpoints
+from ...checkpoints import COUNTER, CheckpointMismatch, describe_mismatch
 from .. import catalog
+from ..backbone import take_stages
 from ..features import Features
 from ..loading import OUTPUT_NORM, convert_on_load, shapes_of
 from ..registry import create_model, load_weights, read_weights
@@ -225,15 +229,43 @@ def _timm_features(
     out_indices: Sequence[int] | None,
     options: dict[str, Any],
 ) -> nn.Module:
-    """timm's feature extractor, by ``forward_intermediates`` where the model has it: that keeps the model's groups."""
-    if checkpoint_path:
-        # timm would load a file into the extractor, whose names differ
-        pretrained, options["pretrained_cfg_overlay"] = True, {"file": str(checkpoint_path)}
+    """timm's feature extractor, by ``forward_intermediates`` where the model has it: that keeps the model's groups.
+
+    Raises:
+        CheckpointError: the file cannot be had, or is that of another model.
+    """
     with torch.device("meta"):
         whole: Any = create_model(name)
+    if checkpoint_path:
+        path = checkpoints.resolve(checkpoint_path)
+        _check_timm_file(whole, path)
+        # given to timm as one to load, it would go into the extractor, whose names differ
+        pretrained, options["pretrained_cfg_overlay"] = True, {"file": str(path)}
     if out_indices is None:
         last = {info["reduction"]: i for i, info in enumerate(whole.feature_info) if info["reduction"] >= 4}
-        out_indices = sorted(last.values())
+        out_indices = list(last.values())
+    out_indices = take_stages(out_indices, len(whole.feature_info), "out_indices")
     if hasattr(whole, "forward_intermediates"):
         options["feature_cls"] = "getter"
     return create_model(name, pretrained, out_indices=out_indices, **options)
+
+
+def _check_timm_file(model: nn.Module, path: Path) -> None:
+    """CheckpointMismatch unless the file has all that timm's ``model`` needs but for what it adapts.
+
+    timm itself, making features, loads whatever has the same name, and be it nothing.
+    """
+    state = checkpoints.read(path)
+    to_timm = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if to_timm is not None:
+        with contextlib.suppress(KeyError):  # of keys that another model's file does not have
+            state = to_timm(state, model)
+    cfg: Any = model.pretrained_cfg
+    adapted = [cfg.get(name) or () for name in ("classifier", "first_conv")]
+    prefixes = tuple(f"{name}." for names in adapted for name in ([names] if isinstance(names, str) else names))
+    expected = {
+        key: shape
+        for key, shape in shapes_of(model).items()
+        if not key.startswith(prefixes) and not key.endswith(COUNTER)
+    }
+    check_fits({key: value for key, value in state.items() if key in expected}, expected, "the backbone")

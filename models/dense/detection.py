@@ -17,15 +17,14 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from .backbone import DenseBackbone
 from .cascade import CascadeHeads
-from .geometry import Anchors, RegionPool, Resize
-from .heads import CELLS, fcos_head, in_full_precision, proposal_network, region_heads
+from .geometry import Anchors, Resize
+from .heads import fcos_head, in_full_precision, proposal_network, region_heads
 from .loading import LoadsPublishedDense, load_dense, read_dense
+from .options import OPTIONS, AnchorOptions, CascadeOptions, HeadOptions, MaskOptions, RegionOptions, options_of
 from .published import CASCADE, DETECTOR_BODY, MASK_RCNN
 from .pyramid import Pyramid
 
-HEADS = ("mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "cascade_rcnn", "retinanet", "fcos")
-BOX_LOSSES = ("smooth_l1", "giou")
-BOX_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
+HEADS = tuple(OPTIONS)
 
 
 class Detector(LoadsPublishedDense):
@@ -160,25 +159,6 @@ def create_detector(
     max_size: int = 1333,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
-    anchor_sizes: Sequence[float | Sequence[float]] | None = None,
-    aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-    proposals: int = 1000,
-    samples: int = 512,
-    box_convs: int | None = None,
-    box_features: int = 1024,
-    box_loss: str | None = None,
-    class_agnostic: bool = False,
-    mask_convs: int = 4,
-    mask_channels: int = 256,
-    mask_size: int = 28,
-    mask_threshold: float | None = 0.5,
-    sampling_ratio: int = 0,
-    stage_ious: Sequence[float] = (0.5, 0.6, 0.7),
-    stage_box_weights: Sequence[Sequence[float]] = BOX_WEIGHTS,
-    stage_loss_weights: Sequence[float] = (1.0, 0.5, 0.25),
-    score_threshold: float = 0.05,
-    nms_threshold: float | None = None,
-    detections: int = 100,
     out_indices: Sequence[int] | None = None,
     task: str = "detection",
     out_norm: str = "auto",
@@ -200,53 +180,33 @@ def create_detector(
         min_size, max_size: in evaluation the shorter side of an image becomes ``min_size``, or less where the longer
             one would exceed ``max_size``.
         image_mean, image_std: of each channel, for images in [0, 1]; default those that the backbone was trained with.
-        anchor_sizes: square roots of the anchors' areas in pixels, one entry (or a sequence of several) for each map of
-            the pyramid, default 8 strides, or for ``retinanet`` 4, 5.04 and 6.35. ``fcos`` has none.
-        aspect_ratios: of the anchors, height / width.
-        proposals: R-CNNs: boxes that the proposal network hands on for an image, out of the best of each map: so many,
-            in training twice as many.
-        samples: R-CNNs: proposals of an image on which the box heads are trained, at most a quarter of them true.
-        box_convs: R-CNNs: convolutions with batch norm before the box heads' linear layers; with none there are two
-            linear layers, else one. Default 0, or 4 in cascades.
-        box_features: R-CNNs: channels of those linear layers.
-        box_loss: cascades: ``smooth_l1`` or ``giou`` (default).
-        class_agnostic: R-CNNs: predict one box instead of one for each class.
-        mask_convs, mask_channels, mask_size: mask heads: convolutions, their channels, cells a side of a mask (even).
-        mask_threshold: as in ``Detector``.
-        sampling_ratio: R-CNNs: samples a side in each cell when regions are pooled; 0 for as many as it has pixels.
-        stage_ious, stage_box_weights, stage_loss_weights: cascades, one entry for each stage: overlap from which a
-            proposal is an object, scales of the box deltas, weight of the losses. Files of mmdetection 2 have 1 / 0.033
-            and 1 / 0.067 where the paper, and the default, has 30 and 15.
-        score_threshold, nms_threshold, detections: results have at least this score, overlap others of their class by
-            at most this IoU (default 0.5, ``fcos`` 0.6), and are at most so many.
         out_indices: stages whose maps are taken; default all, or for ``retinanet`` and ``fcos`` all but the first of
             four or more.
         checkpoint_path: a path, URL or index name. A classifier's file gives the backbone; a detector's, of this
             package or of mmdet, everything (what depends on the number of classes is drawn anew for another); a
             segmentor's the backbone with its output norms. One log line says what was left out.
-        task, out_norm, pretrained, in_chans, **kwargs: as in ``DenseBackbone``.
+        task, out_norm, pretrained, in_chans: as in ``DenseBackbone``.
+        **kwargs: options of the head, see ``options``: ``score_threshold``, ``anchor_sizes``, ``proposals``,
+            ``mask_convs``, ``stage_ious``, ... (one log line names those that only other heads have); and, as in
+            ``DenseBackbone``, those of the model.
 
     Raises:
         ValueError: unknown name or option, a value out of range.
         CheckpointError: the weights of the backbone cannot be had, or do not fit.
     """
-    if head not in HEADS:
-        raise ValueError(f"head={head!r} must be one of {', '.join(HEADS)}")
+    options, of_body = options_of(head, kwargs)
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1 (background is not counted)")
-    cascade, dense = head.startswith("cascade"), head in ("retinanet", "fcos")
-    box_loss = box_loss or ("giou" if cascade else "smooth_l1")
-    if nms_threshold is None:
-        nms_threshold = 0.6 if head == "fcos" else 0.5
-    if box_loss not in BOX_LOSSES or (box_loss == "giou" and not cascade):
-        raise ValueError(f"box_loss={box_loss!r} must be {' or '.join(BOX_LOSSES)}, the second for cascades alone")
-    if mask_size % 2:
-        raise ValueError(f"mask_size={mask_size} must be even: the last layer doubles it")
-
-    options: dict[str, Any] = {"task": task, "out_norm": out_norm, "in_chans": in_chans, **kwargs}
-    if out_indices is None and dense:
+    if channels < 1 or not 1 <= min_size <= max_size:
+        raise ValueError(
+            f"channels={channels}, min_size={min_size}, max_size={max_size}: all are at least 1, and max_size is at "
+            "least min_size"
+        )
+    of_body |= {"task": task, "out_norm": out_norm, "in_chans": in_chans}
+    one_stage = head in ("retinanet", "fcos")
+    if out_indices is None and one_stage:
         with torch.device("meta"):
-            stages = len(DenseBackbone(backbone, **options).channels)
+            stages = len(DenseBackbone(backbone, **of_body).channels)
         out_indices = range(1, stages) if stages > 3 else None
     state = read_dense(checkpoint_path)
     body = DenseBackbone(
@@ -254,7 +214,7 @@ def create_detector(
         out_indices=out_indices,
         pretrained=pretrained and not checkpoint_path,
         checkpoint_path=checkpoint_path if state is None else None,
-        **options,
+        **of_body,
     )
     pyramid = Pyramid(body, channels, {"retinanet": "conv", "fcos": "conv_on_output"}.get(head, "pool"))
     transform = Resize(
@@ -263,69 +223,62 @@ def create_detector(
         _per_channel("image_mean", image_mean or body.pretrained_cfg["mean"], in_chans),
         _per_channel("image_std", image_std or body.pretrained_cfg["std"], in_chans),
     )
-    sizes = _anchor_sizes(anchor_sizes, head, pyramid.strides)
-    anchors = Anchors(pyramid.strides, sizes, (1.0,) if head == "fcos" else aspect_ratios)
-    if dense:
-        one_stage: Any = (RetinaNet if head == "retinanet" else FCOS)(
-            pyramid,
-            num_classes,
-            anchor_generator=anchors,
-            head=fcos_head(channels, num_classes) if head == "fcos" else None,
-            score_thresh=score_threshold,
-            nms_thresh=nms_threshold,
-            detections_per_img=detections,
-        )
-        one_stage.transform = transform
-        in_full_precision(one_stage.head)
-        return _loaded(Detector(one_stage, num_classes, background=False), state)
-
-    stage = partial(
-        region_heads,
-        channels,
-        num_classes + 1,
-        RegionPool(body.strides, CELLS, sampling_ratio),
-        samples=samples,
-        convs=box_convs if box_convs is not None else 4 if cascade else 0,
-        features=box_features,
-        class_agnostic=class_agnostic,
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        detections=detections,
-        mask_pool=RegionPool(body.strides, mask_size // 2, sampling_ratio) if "mask" in head else None,
-        mask_convs=mask_convs,
-        mask_channels=mask_channels,
-    )
-    heads: nn.Module
-    if cascade:
-        if not len(stage_ious) == len(stage_box_weights) == len(stage_loss_weights):
-            raise ValueError(
-                f"stage_ious, stage_box_weights and stage_loss_weights have {len(stage_ious)}, "
-                f"{len(stage_box_weights)} and {len(stage_loss_weights)} entries: give one for each stage"
-            )
-        row = [stage(iou=iou, box_weights=scales) for iou, scales in zip(stage_ious, stage_box_weights, strict=True)]
-        heads = CascadeHeads(row, stage_loss_weights, box_loss)
-    else:
-        heads = stage()
-    model = GeneralizedRCNN(pyramid, proposal_network(channels, anchors, proposals), heads, transform)
-    return _loaded(Detector(model, num_classes, background=True, mask_threshold=mask_threshold), state)
-
-
-def _loaded(detector: Detector, state: Mapping[str, Tensor] | None) -> Detector:
+    make = _one_stage if one_stage else _two_stage
+    detector = make(pyramid, transform, num_classes, options)
     if state is not None:
         load_dense(detector, state)
     return detector
 
 
-def _anchor_sizes(
-    sizes: Sequence[float | Sequence[float]] | None, head: str, strides: Sequence[int]
-) -> list[tuple[float, ...]]:
-    """The anchor sizes of every map."""
-    if head == "fcos":
+def _one_stage(pyramid: Pyramid, transform: Resize, num_classes: int, options: HeadOptions) -> Detector:
+    """RetinaNet, or FCOS where the options know no anchors."""
+    channels, strides = pyramid.out_channels, pyramid.strides
+    build: Any
+    if isinstance(options, AnchorOptions):
+        build, head = RetinaNet, None
+        octaves = [4 * 2 ** (i / 3) for i in range(3)]
+        anchors = Anchors(strides, _anchor_sizes(options, strides, octaves), options.aspect_ratios)
+    else:
+        build, head = FCOS, fcos_head(channels, num_classes)
         # a point stands for a square of one stride
-        return [(stride,) for stride in strides]
+        anchors = Anchors(strides, [(stride,) for stride in strides], (1.0,))
+    model = build(
+        pyramid,
+        num_classes,
+        anchor_generator=anchors,
+        head=head,
+        score_thresh=options.score_threshold,
+        nms_thresh=options.nms_threshold,
+        detections_per_img=options.detections,
+    )
+    model.transform = transform
+    in_full_precision(model.head)
+    return Detector(model, num_classes, background=False)
+
+
+def _two_stage(pyramid: Pyramid, transform: Resize, num_classes: int, options: RegionOptions) -> Detector:
+    """R-CNNs: a network that proposes regions, then their heads, in cascades three in a row."""
+    strides = pyramid.body.strides
+    anchors = Anchors(pyramid.strides, _anchor_sizes(options, pyramid.strides, [8]), options.aspect_ratios)
+    stage = partial(region_heads, pyramid.out_channels, num_classes + 1, strides, options)
+    heads: nn.Module
+    if isinstance(options, CascadeOptions):
+        settings = zip(options.stage_ious, options.stage_box_weights, strict=True)
+        row = [stage(iou=iou, box_weights=scales) for iou, scales in settings]
+        heads = CascadeHeads(row, options.stage_loss_weights, options.box_loss)
+    else:
+        heads = stage()
+    proposals = proposal_network(pyramid.out_channels, anchors, options.proposals)
+    model = GeneralizedRCNN(pyramid, proposals, heads, transform)
+    threshold = options.mask_threshold if isinstance(options, MaskOptions) else None
+    return Detector(model, num_classes, background=True, mask_threshold=threshold)
+
+
+def _anchor_sizes(options: AnchorOptions, strides: Sequence[int], in_strides: Sequence[float]) -> list[Any]:
+    """The anchor sizes of every map; unless the options say them, ``in_strides`` of its strides each."""
+    sizes = options.anchor_sizes
     if sizes is None:
-        octave = [4 * 2 ** (i / 3) for i in range(3)] if head == "retinanet" else [8]
-        return [tuple(stride * size for size in octave) for stride in strides]
+        return [tuple(stride * size for size in in_strides) for stride in strides]
     table = [tuple(size) if isinstance(size, Sequence) else (size,) for size in sizes]
     if len(table) != len(strides) or len({len(entry) for entry in table}) != 1:
         raise ValueError(

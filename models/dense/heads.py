@@ -16,6 +16,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from .geometry import Anchors, RegionPool
+from .options import MaskOptions, RegionOptions
 
 CELLS = 7
 
@@ -65,54 +66,47 @@ def proposal_network(channels: int, anchors: Anchors, proposals: int) -> RegionP
 def region_heads(
     channels: int,
     num_classes: int,
-    box_pool: RegionPool,
+    strides: Sequence[int],
+    options: RegionOptions,
     *,
     iou: float = 0.5,
     box_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
-    samples: int = 512,
-    convs: int = 0,
-    features: int = 1024,
-    class_agnostic: bool = False,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    detections: int = 100,
-    mask_pool: RegionPool | None = None,
-    mask_convs: int = 4,
-    mask_channels: int = 256,
 ) -> RoIHeads:
-    """Box heads, and mask heads where there is a pool for them; arguments as in ``create_detector``.
+    """Box heads, and mask heads where the options are of these.
 
     Args:
         channels: of the maps.
         num_classes: classes with background.
-        box_pool, mask_pool: cut regions out of the maps.
+        strides: of the maps from which regions are cut.
+        options: of the head.
         iou: overlap from which a proposal is an object.
         box_weights: scales of the box deltas.
     """
+    features, convs = options.box_features, options.box_convs
     box_head: nn.Module = TwoMLPHead(channels * CELLS**2, features)
     if convs:
         size = (channels, CELLS, CELLS)
         box_head = FastRCNNConvFCHead(size, [channels] * convs, [features], norm_layer=nn.BatchNorm2d)
-    predictor = AgnosticPredictor if class_agnostic else FastRCNNPredictor
+    predictor = AgnosticPredictor if options.class_agnostic else FastRCNNPredictor
     masks: dict[str, Any] = {}
-    if mask_pool is not None:
-        masks["mask_roi_pool"] = mask_pool
-        masks["mask_head"] = MaskRCNNHeads(channels, (mask_channels,) * mask_convs, 1)
-        last = mask_channels if mask_convs else channels
-        masks["mask_predictor"] = MaskRCNNPredictor(last, mask_channels, num_classes)
+    if isinstance(options, MaskOptions):
+        width = options.mask_channels
+        masks["mask_roi_pool"] = RegionPool(strides, options.mask_size // 2, options.sampling_ratio)
+        masks["mask_head"] = MaskRCNNHeads(channels, (width,) * options.mask_convs, 1)
+        masks["mask_predictor"] = MaskRCNNPredictor(width if options.mask_convs else channels, width, num_classes)
         in_full_precision(masks["mask_predictor"])
     heads = RoIHeads(
-        box_pool,
+        RegionPool(strides, CELLS, options.sampling_ratio),
         box_head,
         predictor(features, num_classes),
         fg_iou_thresh=iou,
         bg_iou_thresh=iou,
-        batch_size_per_image=samples,
+        batch_size_per_image=options.samples,
         positive_fraction=0.25,
         bbox_reg_weights=tuple(box_weights),
-        score_thresh=score_threshold,
-        nms_thresh=nms_threshold,
-        detections_per_img=detections,
+        score_thresh=options.score_threshold,
+        nms_thresh=options.nms_threshold,
+        detections_per_img=options.detections,
         **masks,
     )
     in_full_precision(heads.box_predictor)

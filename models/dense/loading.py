@@ -114,4 +114,5 @@ def _as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _parts(keys: Iterable[str]) -> str:
-    return ", ".join(sorted({key.partition(".")[0] for key in keys})) or "none"
+    bare = (key.removeprefix("model.").removeprefix("backbone.") for key in keys)
+    return ", ".join(sorted({key.partition(".")[0] for key in bare})) or "none"

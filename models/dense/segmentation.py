@@ -145,7 +145,7 @@ def create_segmentor(
         decoder = SemanticFPN(widths, strides, num_classes, channels or 128, fpn_channels, norm, dropout)
     aux = head == "upernet" if aux is None else aux
     if aux and len(widths) < 2:
-        raise ValueError(f"aux=True needs two maps, out_indices={backbone_options['out_indices']} gives one")
+        raise ValueError(f"aux=True needs two maps, {backbone_name} gives one here: set aux=False or more out_indices")
     model = Segmentor(
         backbone, decoder, FCN(widths[-2], num_classes, aux_channels, dropout=dropout, norm=norm) if aux else None
     )

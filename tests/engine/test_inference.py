@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nearfield.engine.dense.inference import RATIOS, predict, slide
+from nearfield.engine.dense.inference import RATIOS, filled_up, predict, slide
 from torch import Tensor, nn
 
 
@@ -214,3 +214,19 @@ def test_what_cannot_work_is_named(call: Callable[[Tensor], Tensor], message: st
     with pytest.raises(ValueError, match=message) as error:
         call(torch.randn(1, 3, 16, 16))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 8), (33, 64)])
+def test_small_images_are_filled_up_for_the_model(size: tuple[int, int]) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def model(images: Tensor) -> Tensor:
+        seen.append(tuple(images.shape[-2:]))
+        return F.avg_pool2d(pointwise(images), 4)
+
+    images = torch.randn(2, 3, *size)
+    result = predict(filled_up(model, 32), images, ratios=(1.0, 0.5))
+    assert result.shape == (2, 4, *size)
+    assert all(min(side) >= 32 for side in seen)
+    exact = predict(filled_up(pointwise, 32), images)
+    torch.testing.assert_close(exact, pointwise(images).softmax(1))

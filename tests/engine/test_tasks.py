@@ -388,7 +388,27 @@ def test_what_is_overfitted_is_what_is_measured(task: str, tmp_path: Path) -> No
         assert metrics.result()["box_ap"] == pytest.approx(1.0)
         assert metrics.result()["mask_ap"] == pytest.approx(1.0)
     else:
-        assert prepared.task.metrics().num_classes == 11  # type: ignore[attr-defined]
+        assert prepared.val is prepared.train
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_images_of_the_training_can_be_evaluated_too(task: str, runs: dict[str, dict[str, Any]]) -> None:
+    config = door.compose("eval", EvalConfig, [f"run={runs[task]['run_dir']}", "split=train"])
+    assert evaluation.evaluate(config, ["run", "split"])["n"] > 0
+
+
+def test_images_below_the_least_size_are_trained_on_and_evaluated(tmp_path: Path) -> None:
+    for split, sizes in (("train", [(20, 24), (5, 24)]), ("val", [(1, 1), (40, 9)])):
+        for number, (height, width) in enumerate(sizes):
+            for kind, mode in (("images", "RGB"), ("masks", "L")):
+                folder = tmp_path / kind / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.new(mode, (width, height), 1 if mode == "L" else (9, 9, 9)).save(folder / f"{number}.png")
+    overrides = ["task=segmentation", "data=masks", f"data.root={tmp_path}", "data.num_classes=2", "data.workers=0"]
+    small = ["model=nat_nano", "task.kwargs={channels: 16, aux_channels: 16}", "task.ratios=[0.5,1]"]
+    common = [*overrides, *small, "trainer.epochs=1", f"paths.runs={tmp_path / 'runs'}"]
+    for how in (["aug=none", "data.batch_size=1"], ["aug.kwargs={crop: 16, scale: [64, 32]}", "data.batch_size=2"]):
+        assert fit.train(composed(*common, *how))["n"] == 2
 
 
 @pytest.mark.slow

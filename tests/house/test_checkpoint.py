@@ -258,3 +258,46 @@ def test_pictures_and_names_that_do_not_serve_are_one_line(
     arguments = [option] if "=" in option else [option, str(text)]
     assert script.main(["verify", str(published), *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_tables_that_are_not_square_are_converted_both_ways(run: Run, tmp_path: Path) -> None:
+    for name, options, given in (
+        ("swin_nano", {"window_size": (4, 2)}, ["window_size=[4,2]"]),
+        ("hwt_nano", {"img_size": (64, 96)}, ["img_size=[64,96]"]),
+    ):
+        model = nearfield.create_model(name, **options)
+        torch.save(model.state_dict(), tmp_path / "ours.pth")
+        run("convert", tmp_path / "ours.pth", "--model", name, "--output", tmp_path / "theirs.pth")
+        settings = [text for setting in given for text in ("--set", setting)]
+        run("convert", tmp_path / "theirs.pth", "--model", name, *settings, "--output", tmp_path / "back.pth")
+        back = checkpoints.read(tmp_path / "back.pth")
+        assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
+        assert run("verify", tmp_path / "theirs.pth", "--model", name, *settings)["classes"] == 1000
+
+
+def test_a_file_of_other_tables_or_parts_is_told_with_its_layout(run: Run, tmp_path: Path) -> None:
+    torch.save(nearfield.create_model("hwt_nano", img_size=64).state_dict(), tmp_path / "larger.pth")
+    near = run("inspect", tmp_path / "larger.pth")["nearest"]
+    # their keys are the same, and tables of other sizes do not tell
+    assert (near["models"], near["layout"], near["tables_alone"]) == (["swin_nano", "hwt_nano"], "nearfield", True)
+    torch.save(nearfield.create_model("hnt_nano", features_only=True).state_dict(), tmp_path / "features.pth")
+    near = run("inspect", tmp_path / "features.pth")["nearest"]
+    assert (near["models"], near["difference"]) == (["hnt_nano"], "the file lacks 2 keys: norm.weight, norm.bias")
+
+
+def test_counters_may_be_missing(run: Run, tmp_path: Path) -> None:
+    state = nearfield.create_model("maxvit_nano", num_classes=3).state_dict()
+    torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, tmp_path / "bare.pth")
+    assert run("inspect", tmp_path / "bare.pth")["models"] == {"maxvit_nano": "nearfield"}
+    assert run("convert", tmp_path / "bare.pth", "--output", tmp_path / "timm.pth")["tensors"] == len(state)
+    assert run("verify", tmp_path / "timm.pth")["model"] == "maxvit_nano"
+
+
+def test_mistakes_in_arguments_of_the_model_are_one_line(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], published: Path, tmp_path: Path
+) -> None:
+    told = fails(script, capsys, "verify", published, "--set", "windows=3")
+    assert "--set: " in told
+    assert "'windows'" in told
+    assert "--names" in fails(script, capsys, "verify", published, "--names", tmp_path / "none.txt")
+    assert capsys.readouterr().out == ""

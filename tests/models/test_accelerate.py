@@ -478,6 +478,26 @@ def test_hooks_that_come_later_are_called() -> None:
         assert len(shapes) == 1, name
 
 
+def test_hooks_of_all_modules_are_called() -> None:
+    theirs, ours, _ = pair("swin")
+    x = images(theirs)
+    seen: list[str] = []
+
+    def hook(module: nn.Module, *_: Any) -> None:
+        seen.append(type(module).__name__)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        ours(x)
+    finally:
+        handle.remove()
+    attended = sum(isinstance(module, WindowAttention) for module in ours.modules())
+    assert seen.count("WindowAttention") == attended > 0
+    seen.clear()
+    assert distance(ours(x), theirs(x)) < 1e-5
+    assert not seen
+
+
 def test_attention_outside_timms_blocks_is_left() -> None:
     class Mine(nn.Module):
         def __init__(self) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from nearfield.models.dense import Detector, create_detector
 from nearfield.models.dense.cascade import CascadeHeads, giou_loss, refine
-from nearfield.models.dense.geometry import RegionPool
 from nearfield.models.dense.heads import AgnosticPredictor, region_heads
+from nearfield.models.dense.options import CascadeMaskOptions, CascadeOptions
 from torch import Tensor, nn
 
 SIZE = [(64, 64)]
@@ -18,10 +18,10 @@ MAPS = {"0": torch.zeros(1, 4, 16, 16)}
 
 def stages(count: int = 3, **options: Any) -> list[Any]:
     """Stages of two classes and background, on one map of stride 4."""
-    given = {"convs": 0, "features": 8, "samples": 16, **options}
-    ious, weights = (0.5, 0.6, 0.7), ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))
-    pool = RegionPool([4], 7)
-    return [region_heads(4, 3, pool, iou=ious[i], box_weights=weights[i], **given) for i in range(count)]
+    given = {"box_convs": 0, "box_features": 8, "samples": 16, **options}
+    made: Any = (CascadeMaskOptions if "mask_size" in options else CascadeOptions)(**given)
+    settings = list(zip(made.stage_ious, made.stage_box_weights, strict=True))[:count]
+    return [region_heads(4, 3, [4], made, iou=iou, box_weights=weights) for iou, weights in settings]
 
 
 def fix(stage: Any, scores: list[float], deltas: list[float]) -> None:
@@ -153,7 +153,7 @@ def test_detections_have_the_mean_score_and_the_box_of_the_last_stage() -> None:
 
 
 def test_masks_are_the_mean_of_all_stages() -> None:
-    row = stages(score_threshold=0.1, mask_pool=RegionPool([4], 7), mask_convs=0, mask_channels=4)
+    row = stages(score_threshold=0.1, mask_size=14, mask_convs=0, mask_channels=4)
     for i, stage in enumerate(row):
         fix(stage, [0.0, 5.0, 0.0], [0.0] * 4)
         for p in stage.mask_predictor.parameters():

@@ -78,6 +78,14 @@ def test_evaluation_is_deterministic(member: str, small: Small) -> None:
         assert torch.equal(model(x), model(x))
 
 
+@pytest.mark.parametrize("name", NANO)
+def test_dynamically_quantised_layers_run(name: str) -> None:
+    model = nearfield.create_model(name).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    with torch.no_grad():
+        assert quantised(image(32, 48)).isfinite().all()
+
+
 @every_model
 def test_constructs_on_meta_without_touching_memory(name: str) -> None:
     with torch.device("meta"):

@@ -11,6 +11,7 @@ import nearfield
 import pytest
 import timm
 import torch
+from nearfield.checkpoints import CheckpointMismatch
 from nearfield.models import catalog
 from nearfield.models.dense import DenseBackbone
 from timm.models import group_parameters
@@ -245,3 +246,46 @@ def test_wrong_options_are_one_line() -> None:
         DenseBackbone("nat_nanoo")
     with pytest.raises(ValueError, match="takes no argument 'windows'"):
         DenseBackbone("swin_nano", windows=3)
+
+
+SMALL = {"channels": 16, "box_features": 16, "mask_convs": 1, "mask_channels": 16}
+
+
+@pytest.mark.parametrize("kind", ["detector", "segmentor"])
+def test_the_backbone_of_our_own_files_is_taken(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole: Any
+    if kind == "detector":
+        whole = nearfield.create_detector("nat_nano", num_classes=3, **SMALL)
+    else:
+        whole = nearfield.create_segmentor("nat_nano", num_classes=3, channels=16, aux_channels=16)
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "whole.pth")
+    backbone = DenseBackbone("nat_nano", checkpoint_path=tmp_path / "whole.pth")
+    ours, theirs = backbone.state_dict(), whole.backbone.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    assert not caplog.text
+    features = nearfield.create_model("nat_nano", features_only=True, checkpoint_path=tmp_path / "whole.pth")
+    assert "left out the norms" in caplog.text
+    image = torch.randn(1, 3, 64, 64)
+    bare = DenseBackbone("nat_nano", out_norm="none")
+    bare.body.load_state_dict(whole.backbone.body.state_dict())
+    torch.testing.assert_close(features.eval()(image), bare.eval()(image))
+    with pytest.raises(CheckpointMismatch, match=r"make the model with features_only=True$"):
+        nearfield.create_model("nat_nano", checkpoint_path=tmp_path / "whole.pth")
+
+
+def test_another_models_file_is_refused_for_a_model_of_timm(tmp_path: Path) -> None:
+    torch.save(nearfield.create_model("nat_nano").state_dict(), tmp_path / "nat.pth")
+    with pytest.raises(CheckpointMismatch, match=r"^the backbone in the file and in the model differ: no key"):
+        DenseBackbone("test_resnet", checkpoint_path=tmp_path / "nat.pth")
+    wide = timm.create_model("test_convnext", num_classes=3, in_chans=1)
+    torch.save(wide.state_dict(), tmp_path / "gray.pth")
+    assert DenseBackbone("test_convnext", checkpoint_path=tmp_path / "gray.pth", in_chans=1).channels
+    with pytest.raises(CheckpointMismatch, match="differ"):
+        DenseBackbone("test_convnext2", checkpoint_path=tmp_path / "gray.pth")
+
+
+@pytest.mark.parametrize("name", ["nat_nano", "test_convnext"])
+def test_maps_come_finest_first(name: str) -> None:
+    strides = DenseBackbone(name, out_indices=(2, 0)).strides
+    assert strides == sorted(strides)

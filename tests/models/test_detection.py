@@ -12,6 +12,7 @@ import torch
 from nearfield.models.dense import Detector, create_detector
 from nearfield.models.dense.detection import HEADS
 from nearfield.models.dense.geometry import Anchors, RegionPool, Resize
+from nearfield.models.dense.options import options_of
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
@@ -463,3 +464,45 @@ def test_any_backbone_will_do_and_the_package_makes_detectors() -> None:
         model = nearfield.create_detector(name, "faster_rcnn", num_classes=2, **SMALL)
         assert total(model, *batch(scene())).isfinite()
     assert isinstance(model.backbone, nearfield.models.dense.DenseBackbone)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"channels": 0}, "channels=0, min_size=800, max_size=1333: all are at least 1"),
+        ({"max_size": 10}, "channels=256, min_size=800, max_size=10: all are at least 1"),
+        ({"proposals": 0}, "proposals=0 must be an int of at least 1"),
+        ({"samples": 0}, "samples=0 must be an int of at least 1"),
+        ({"mask_size": 0}, "mask_size=0 must be an int of at least 2"),
+        ({"detections": -1}, "detections=-1 must be an int of at least 1"),
+        ({"score_threshold": 5}, "score_threshold=5 must be between 0 and 1"),
+        ({"aspect_ratios": ()}, r"aspect_ratios=\(\) must be positive numbers"),
+        (
+            {"head": "cascade_rcnn", "stage_ious": (), "stage_box_weights": (), "stage_loss_weights": ()},
+            "have 0, 0 and 0 entries: give one for each stage",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        create_detector("nat_nano", **{"num_classes": 3, **options})
+
+
+def test_options_of_other_heads_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    small("fcos")
+    assert caplog.messages == [
+        "fcos does not read box_features, mask_channels, mask_convs, mask_size, proposals, samples"
+    ]
+    caplog.clear()
+    small("mask_rcnn")
+    assert not caplog.messages
+
+
+def test_defaults_are_the_heads_own() -> None:
+    given = {"nms_threshold": None, "box_convs": None, "box_loss": None}
+    for head, nms, convs, loss in (("mask_rcnn", 0.5, 0, "smooth_l1"), ("cascade_mask_rcnn", 0.5, 4, "giou")):
+        options, rest = options_of(head, {**given, "mask_threshold": None, "dilations": 2})
+        assert (options.nms_threshold, options.box_convs, options.box_loss) == (nms, convs, loss)
+        assert options.mask_threshold is None
+        assert rest == {"dilations": 2}
+    assert options_of("fcos", {})[0].nms_threshold == 0.6

@@ -204,3 +204,22 @@ def test_what_cannot_be_saved_or_read_says_so(model: Any, small: Callable[..., B
         (tmp_path / "config.json").write_text(broken)
         with pytest.raises(ValueError, match="no configuration of a model"):
             nearfield.from_pretrained(tmp_path)
+
+
+def test_what_a_configuration_cannot_say_is_not_saved(tmp_path: Path) -> None:
+    pruned: Any = nearfield.create_model("biformer_nano")
+    pruned.prune_intermediate_layers((1,))
+    with pytest.raises(ValueError, match=r"^BiFormer was pruned to 2 of 3 stages, which its configuration"):
+        nearfield.save_pretrained(pruned, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_name_that_is_neither_folder_nor_repository_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^nofolder is no folder here, nor owner/name of a repository on the hub$"):
+        nearfield.from_pretrained("nofolder")
+
+
+def test_a_model_without_a_classifier_comes_back_with_one(tmp_path: Path) -> None:
+    nearfield.save_pretrained(nearfield.create_model("hwt_nano", num_classes=0), tmp_path)
+    assert nearfield.from_pretrained(tmp_path).num_classes == 0
+    assert nearfield.from_pretrained(tmp_path, num_classes=5).get_classifier().out_features == 5

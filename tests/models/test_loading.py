@@ -346,3 +346,55 @@ def test_a_file_of_another_map_is_not_taken_for_one_of_oblong_maps(small: Small)
     again = small("hwt_tiny", img_size=(160, 416))
     again.load_state_dict(export_state_dict(square, "hilbert"))
     assert same(square, again)
+
+
+COUNTED = ["maxvit_nano", "biformer_nano", "halonet_nano"]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_files_need_not_count_the_batches_of_batch_norms(name: str, tmp_path: Path) -> None:
+    model = randomise(nearfield.create_model(name, num_classes=4))
+    for state in (model.state_dict(), *(export_state_dict(model, layout.name) for layout in model.layouts)):
+        bare = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+        assert len(bare) < len(state)
+        path = tmp_path / "bare.pth"
+        torch.save(bare, path)
+        assert name in models_that_fit(bare)
+        other = nearfield.create_model(name)
+        other.reset_classifier(4)
+        other.load_state_dict(bare)
+        overlay = {"file": str(path), "num_classes": 4}
+        for loaded in (
+            other,
+            nearfield.create_model(name, checkpoint_path=path),
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay),
+        ):
+            assert same(loaded, model)
+
+
+def test_tables_are_resized_in_a_file_without_counters(tmp_path: Path) -> None:
+    state = nearfield.create_model("maxvit_nano").state_dict()
+    torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, tmp_path / "bare.pth")
+    model = nearfield.create_model("maxvit_nano", checkpoint_path=tmp_path / "bare.pth", window_size=8)
+    assert model.stages[0].blocks[0].window.attn.rel_pos_bias.shape[1:] == (15, 15)
+
+
+def test_a_file_without_a_classifier_gives_a_model_without_or_a_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = nearfield.create_model("hwt_nano", num_classes=0)
+    torch.save(body.state_dict(), tmp_path / "body.pth")
+    assert same(nearfield.create_model("hwt_nano", checkpoint_path=tmp_path / "body.pth"), body)
+    assert not caplog.text
+    model = nearfield.create_model("hwt_nano", checkpoint_path=tmp_path / "body.pth", num_classes=5)
+    assert caplog.messages == ["the file has no classifier: it is drawn anew for 5 classes"]
+    assert torch.equal(model.stem.proj.weight, body.stem.proj.weight)
+    with pytest.raises(RuntimeError, match=r"lacks 2 keys: .*it fits hwt_nano made with in_chans=3, num_classes=0"):
+        model.load_state_dict(body.state_dict())
+
+
+def test_an_empty_state_dict_is_taken_as_modules_take_it() -> None:
+    model = nearfield.create_model("nat_nano")
+    assert set(model.load_state_dict({}, strict=False).missing_keys) == set(model.state_dict())
+    with pytest.raises(RuntimeError, match="the checkpoint does not fit nat_nano"):
+        model.load_state_dict({})

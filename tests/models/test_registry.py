@@ -226,3 +226,49 @@ def test_none_is_as_if_left_out_where_timm_has_it_so(argument: str) -> None:
 def test_none_is_one_line_where_the_argument_may_not_be_none(name: str, argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} takes no {argument}=None: leave it out for the model's own$"):
         nearfield.create_model(name, **{argument: None})
+
+
+@pytest.mark.parametrize("name", ["nat_nano", "maxvit_nano", "halonet_nano"])
+def test_options_of_features_are_those_of_timm(name: str) -> None:
+    image = torch.randn(1, 3, 64, 64)
+    model = nearfield.create_model(name, num_classes=0).eval()
+    for options, axis in (
+        ({}, 1),
+        ({"feature_cls": "getter"}, 1),
+        ({"feature_cls": "hook"}, 3),
+        ({"feature_cls": "hook", "out_indices": (1,)}, 3),
+        ({"output_fmt": "NHWC"}, 3),
+        ({"norm": True}, 1),
+        ({"feature_cfg": {"out_indices": (0, 2)}}, 1),
+        ({"out_indices": (2, 0)}, 1),
+        ({"out_indices": (-1, 0, 0)}, 1),
+    ):
+        for create in (nearfield.create_model, timm.create_model):
+            features = create(name, features_only=True, **options).eval()
+            assert [y.shape[axis] for y in features(image)] == features.feature_info.channels(), options
+    normed = nearfield.create_model(name, features_only=True, norm=True).eval()
+    normed.backbone.load_state_dict(model.state_dict())
+    torch.testing.assert_close(normed(image)[-1].permute(0, 2, 3, 1), model.forward_features(image))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"feature_cls": "list"},
+            r"^feature_cls='list': these models take 'getter'.*, 'hook' or a class$",
+        ),
+        ({"out_indices": 9}, r"^out_indices=9 asks for the last 9 of 3 stages: use 1 to 3$"),
+        ({"out_indices": (3,)}, r"^out_indices=\(3,\) must name stages from -3 to 2, at least one$"),
+    ],
+)
+def test_impossible_features_are_one_line(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        nearfield.create_model("nat_nano", features_only=True, **options)
+
+
+def test_a_pretrained_cfg_by_its_tag() -> None:
+    with torch.device("meta"):
+        assert nearfield.create_model("swin_base", pretrained_cfg="ms_in22k").pretrained_cfg["tag"] == "ms_in22k"
+    with pytest.raises(ValueError, match=r"unknown tag 'foo' of swin_base"):
+        nearfield.create_model("swin_base", pretrained_cfg="foo")
