@@ -1,12 +1,14 @@
-"""Tensors computed from parameters, kept for evaluation as long as the parameters do not change."""
+"""Tensors computed from parameters, in full precision; kept for evaluation as long as the parameters do not change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class Derived:
@@ -62,3 +64,21 @@ def _may_keep(parameters: Sequence[Any]) -> bool:
     if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
         return False
     return not (parameters[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or ``dtype`` where it is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def in_wide_precision(network: nn.Module, x: Tensor) -> Tensor:
+    """What a small network makes of ``x``, which is float32 or wider, in its dtype: outside autocast.
+
+    For tables of biases. Rounded to half precision, an entry of up to 16 (SwinV2's) would be off by more than most
+    differences between entries.
+    """
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        parameters = dict(network.named_parameters())
+        if all(p.dtype == x.dtype for p in parameters.values()):
+            return network(x)
+        return functional_call(network, {name: p.to(x.dtype) for name, p in parameters.items()}, x)

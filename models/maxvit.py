@@ -33,6 +33,7 @@ from ..checkpoints import CheckpointMismatch, FlippedTable, Layout, Rule
 from ..ops import Grid, Window
 from .arguments import check_arguments, check_pool, check_stem_stride, stage_count
 from .backbone import Backbone, take_stages
+from .derived import Derived, in_wide_precision, wide
 from .layers import Block, LocalAttention, Pair, Size, Stage, to_pair
 from .mbconv import Convolutions, MBConv
 from .registry import register
@@ -79,16 +80,30 @@ class LogMlpAttention(PartitionAttention):
         super().__init__(dim, num_heads, partition, size, **options)
         del self.rel_pos_bias
         self.rel_pos_mlp = Mlp(2, 512, num_heads, act_layer=nn.ReLU, drop=(0.125, 0.0))
+        self.kept_table = Derived()
 
     def reset_parameters(self) -> None:
         """Nothing: the MLP's layers are modules of their own."""
 
+    def train(self, mode: bool = True) -> LogMlpAttention:
+        """As of every module; what evaluation has kept is forgotten."""
+        self.kept_table.clear()
+        return super().train(mode)
+
     def position_bias(self, height: int, width: int) -> Tensor:
-        """(heads, 2 * size_y - 1, 2 * size_x - 1), by key - query."""
-        weight = self.rel_pos_mlp.fc1.weight
+        """(heads, 2 * size_y - 1, 2 * size_x - 1), by key - query, float32 or wider.
+
+        Kept between calls in evaluation mode without gradients.
+        """
+        if self.training:
+            return self._table()
+        return self.kept_table.get(tuple(self.rel_pos_mlp.parameters()), self.size, self._table)
+
+    def _table(self) -> Tensor:
+        like = next(self.rel_pos_mlp.parameters(), torch.empty(0))  # quantised layers have none
         # timm's coordinates are query - key
-        steps = -gen_relative_log_coords(self.size, mode="cr", device=weight.device, dtype=weight.dtype)
-        return self.rel_pos_mlp(steps).permute(2, 0, 1)
+        steps = -gen_relative_log_coords(self.size, mode="cr", device=like.device, dtype=wide(like.dtype))
+        return in_wide_precision(self.rel_pos_mlp, steps).permute(2, 0, 1)
 
 
 class MaxViTStem(nn.Module):

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..checkpoints import Layout, Rule
 from ..ops import Window, local_attention
 from .arguments import check_heads, stage_count
-from .derived import Derived
+from .derived import Derived, in_wide_precision, wide
 from .layers import Block, NormLayer, Pair, PatchMerging, PatchStem, Size, per_stage, to_pair
 from .registry import register
 from .swin import Swin, fitted_windows, shifted_axes, shifted_windows
@@ -107,21 +105,13 @@ class CosineWindowAttention(nn.Module):
         return self.kept_table.get(tuple(self.cpb_mlp.parameters()), sizes, self._table)
 
     def _table(self) -> Tensor:
-        device, dtype = self.logit_scale.device, _wide(self.logit_scale.dtype)
+        device, dtype = self.logit_scale.device, wide(self.logit_scale.dtype)
         normalisers = self.pretrained_window_size or self.window_size
         y, x = (
             log_displacements(window, normaliser, device, dtype)
             for window, normaliser in zip(self.window_size, normalisers, strict=True)
         )
-        # rounded to half precision, an entry of up to 16 would be off by more than most differences between entries
-        with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
-            places = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)
-            if self.logit_scale.dtype == dtype:
-                table = self.cpb_mlp(places)
-            else:
-                table = functional_call(
-                    self.cpb_mlp, {name: p.to(dtype) for name, p in self.cpb_mlp.named_parameters()}, places
-                )
+        table = in_wide_precision(self.cpb_mlp, torch.stack(torch.meshgrid(y, x, indexing="ij"), -1))
         return 16 * table.permute(2, 0, 1).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +120,7 @@ class CosineWindowAttention(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             qkv = qkv + torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(qkv.dtype)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        scale = self.logit_scale.to(_wide(q.dtype)).clamp(max=math.log(LARGEST_SCALE)).exp()
+        scale = self.logit_scale.to(wide(q.dtype)).clamp(max=math.log(LARGEST_SCALE)).exp()
         out = local_attention(
             (unit(q) * scale.flatten(1)).to(v.dtype),
             unit(k).to(v.dtype),
@@ -154,13 +144,9 @@ def log_displacements(window: int, normaliser: int, device: torch.device, dtype:
 
 def unit(x: Tensor) -> Tensor:
     """``x`` with its last axis at length 1, float32 or wider; zeros stay zeros, and their gradient stays finite."""
-    x = x.to(_wide(x.dtype))
+    x = x.to(wide(x.dtype))
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / length.masked_fill(length == 0, 1.0)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 class PostNormBlock(Block):

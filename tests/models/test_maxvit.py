@@ -205,6 +205,30 @@ def test_the_mlps_table_is_odd_in_nothing_but_the_logarithm_of_the_displacement(
         torch.testing.assert_close(table[:, dy + 2, dx + 4], expected)
 
 
+def test_the_mlps_table_is_kept_only_while_it_is_true() -> None:
+    attn = LogMlpAttention(32, 2, Window, (3, 5)).eval()
+    with torch.inference_mode():
+        first = attn.position_bias(3, 5)
+        assert attn.position_bias(9, 9) is first
+    assert attn.position_bias(3, 5).requires_grad
+    with torch.no_grad():
+        for change in (
+            lambda: attn.rel_pos_mlp.fc2.weight.mul_(1.5),
+            lambda: attn.set_size((4, 4)),
+            lambda: attn.double(),
+        ):
+            before = attn.position_bias(3, 5)
+            change()
+            after = attn.position_bias(3, 5)
+            assert after is not before
+            assert torch.equal(after, attn._table())
+        # its MLP has a dropout
+        attn.train()
+        assert attn.position_bias(3, 5) is not attn.position_bias(3, 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attn.half().eval().position_bias(3, 5).dtype == torch.float32
+
+
 @pytest.mark.parametrize("size", [(6, 8), (7, 9), (1, 4)])
 def test_the_shortcut_takes_means_over_what_there_is(size: tuple[int, int]) -> None:
     block = MBConv(8, 8, 2, 4.0, MaxViT.conv, 0.0).eval()
