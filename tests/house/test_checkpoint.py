@@ -261,13 +261,13 @@ def test_pictures_and_names_that_do_not_serve_are_one_line(
 
 
 def test_tables_that_are_not_square_are_converted_both_ways(run: Run, tmp_path: Path) -> None:
-    for name, options, given in (
-        ("swin_nano", {"window_size": (4, 2)}, ["window_size=[4,2]"]),
-        ("hwt_nano", {"img_size": (64, 96)}, ["img_size=[64,96]"]),
+    for name, layout, options, given in (
+        ("swin_nano", "microsoft", {"window_size": (4, 2)}, ["window_size=[4,2]"]),
+        ("hwt_nano", "hilbert", {"img_size": (64, 96)}, ["img_size=[64,96]"]),
     ):
         model = nearfield.create_model(name, **options)
         torch.save(model.state_dict(), tmp_path / "ours.pth")
-        run("convert", tmp_path / "ours.pth", "--model", name, "--output", tmp_path / "theirs.pth")
+        run("convert", tmp_path / "ours.pth", "--model", name, "--to", layout, "--output", tmp_path / "theirs.pth")
         settings = [text for setting in given for text in ("--set", setting)]
         run("convert", tmp_path / "theirs.pth", "--model", name, *settings, "--output", tmp_path / "back.pth")
         back = checkpoints.read(tmp_path / "back.pth")

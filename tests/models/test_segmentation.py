@@ -185,7 +185,7 @@ def test_batch_norms_can_be_synchronised() -> None:
         ({"channels": -4}, r"channels=-4 must be at least 1"),
         ({"norm": "layer"}, r"norm='layer' is unknown: use batch or group"),
         ({"backbone": "nat_nanno"}, r"unknown model 'nat_nanno': did you mean nat_nano"),
-        ({"out_indices": (2,)}, r"aux=True needs two maps, out_indices=\(2,\) gives one"),
+        ({"out_indices": (2,)}, r"aux=True needs two maps, nat_nano gives one here: set aux=False or more out_indices"),
     ],
 )
 def test_errors_are_one_line(options: dict[str, Any], told: str) -> None:
