@@ -98,10 +98,12 @@ def test_inspect_says_what_is_nearest_to_a_file_that_nothing_fits(run: Run, swin
     state[key] = state[key][:-1]
     said = run("inspect", checkpoints.save(state, tmp_path / "odd.safetensors"))
     assert said["models"] == {}
-    assert "swin_nano" in said["nearest"]
-    assert key in said["nearest"]
+    assert said["nearest"]["models"] == ["swin_nano"]
+    assert key in said["nearest"]["difference"]
     strange = checkpoints.save({"a.weight": torch.zeros(2)}, tmp_path / "strange.safetensors")
-    assert "no key" in run("inspect", strange)["nearest"]
+    said = run("inspect", strange)
+    assert said["nearest"] is None
+    assert "no key is one of its models'" in said["text"]
 
 
 def test_a_published_name_is_told_by_the_file_name(run: Run, tmp_path: Path) -> None:
