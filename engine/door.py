@@ -92,7 +92,7 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Command line arguments in the form Hydra wants: its flags, and the overrides.
 
     `key=value` is allowed for every key of `kind`, also those that no yaml file mentions; `model=NAME` for every model;
-    `experiment=` means `+experiment=`; a debug group goes on top of an experiment; a task brings the small data, model
+    `experiment=` means `+experiment=`; a debug group goes on top of all other groups; a task brings the small data, model
     and training of its demo (configs/demo), or, where data are named, what fine-tuning on them starts from
     (configs/finetune), unless there is an experiment to say that.
 
@@ -142,12 +142,13 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
                     argument,
                     *(f"+{brings}={value}" for folder in folders if (folder / f"{brings}/{value}.yaml").is_file()),
                 ]
-            elif group == "debug" and has_experiment:
-                last.append(f"+debug@_global_={value}")
             elif group in groups:
                 if re.fullmatch(r"[\w./,-]+", value) and not {"null", *options} >= set(value.split(",")):
                     raise _no_option(group, value, options)
-                out.append(f"{sign}{key}={value}")
+                if group != "debug":
+                    out.append(f"{sign}{key}={value}")
+                elif value != "null":  # behind what a task or an experiment brings
+                    last.append(f"+debug@_global_={value}")
             else:
                 wrong = check.locate(kind, key, sorted(groups))
                 if wrong is not None:

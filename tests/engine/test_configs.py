@@ -199,6 +199,23 @@ def test_a_debug_group_lies_on_top_of_an_experiment() -> None:
         assert (config.model.name, config.data.name, config.trainer.epochs) == ("nat_tiny", "synthetic", 1)
 
 
+DEBUG = {"fdr": (1, None), "limit": (2, None), "overfit": (60, 10), "profiler": (1, None)}  # epochs, eval_every
+
+
+@pytest.mark.parametrize("debug", DEBUG)
+@pytest.mark.parametrize("task", ["task=segmentation", "task=detection", "task=segmentation data=voc", "seed=0"])
+def test_a_debug_group_lies_on_top_of_what_a_task_brings(task: str, debug: str) -> None:
+    epochs, eval_every = DEBUG[debug]
+    plain = door.compose("train", TrainConfig, task.split())
+    for order in ([*task.split(), f"debug={debug}"], [f"+debug={debug}", *task.split()]):
+        config = door.compose("train", TrainConfig, order)
+        assert config.trainer.epochs == epochs
+        assert config.trainer.eval_every == (eval_every or plain.trainer.eval_every)
+        assert config.data.name == ("synthetic" if debug == "fdr" else plain.data.name)
+    assert door.compose("train", TrainConfig, [*task.split(), "debug=null"]) == plain
+    assert door.compose("train", TrainConfig, [*task.split(), f"debug={debug}", "trainer.epochs=3"]).trainer.epochs == 3
+
+
 def test_the_command_line_lies_on_top_of_everything() -> None:
     config = door.compose(
         "train", TrainConfig, ["+experiment=nat_tiny_imagenet", "debug=fdr", "trainer.epochs=3", "model=nat_mini"]
