@@ -82,6 +82,20 @@ def test_a_run_is_evaluated_again_with_the_same_numbers(
     assert not (tmp_path / "runs" / "scenes").exists()
 
 
+@pytest.mark.parametrize("spelling", ["task.kwargs.score_threshold=0.1", "task.kwargs={score_threshold: 0.1}"])
+def test_an_argument_set_by_hand_lies_beside_those_of_the_run(
+    spelling: str, runs: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    overrides = [f"run={runs['detection']['run_dir']}", spelling, "+model.kwargs.mlp_ratio=3"]
+    config = evaluation.of_run(door.compose("eval", EvalConfig, overrides), door.touched(overrides))
+    trained = composed("task=detection").task.kwargs
+    assert config.task.kwargs == {**trained, "score_threshold": 0.1}
+    assert config.model.kwargs == {"mlp_ratio": 3}
+    whole = [*overrides, "task=detection"]
+    config = evaluation.of_run(door.compose("eval", EvalConfig, whole), door.touched(whole))
+    assert config.task.kwargs == {"score_threshold": 0.1}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compile=true on a CPU needs g++, which is not installed")
 @pytest.mark.parametrize("task", TASKS)
