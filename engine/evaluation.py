@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import check, hardware, loop, runs, tasks
+from . import check, hardware, loop, reads, runs, tasks
 from .config import EvalConfig
 from .data import Source
 from .errors import CheckpointMismatchError, ConfigError, DataError, listing
@@ -30,6 +30,7 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
         UserError: see `errors`.
     """
     config = of_run(config, overrides or [])
+    reads.check(config, overrides)
     device = hardware.setup(config.hardware)
     dtype = hardware.precision(config.hardware, device)
     seed_everything(config.seed)

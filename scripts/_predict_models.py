@@ -86,6 +86,10 @@ def _of_run(options: argparse.Namespace, folder: Path) -> Loaded:
             raise ValueError(f"--{flag} {given}: the run in {folder} is of {value}: leave --{flag} out")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     channels, classes = int(meta["in_chans"]), int(meta["num_classes"])
+    if options.num_classes not in (None, classes):
+        raise ValueError(
+            f"--num-classes {options.num_classes}: the run in {folder} has {classes} classes: leave --num-classes out"
+        )
     names = names_of_classes(options.names, classes) or meta.get("class_names")
     source = str(model_config.checkpoint)
     if task.name == CLASSIFICATION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
         DataError: something is missing or broken, or train and val have other categories.
         ConfigError: `data.name` is none of detection's.
     """
-    chosen, channels = config.data, file_channels(config.model.in_chans)
+    chosen, channels = _stood_in(config.data), file_channels(config.model.in_chans)
     drawn = chosen.name in DRAWN
     if not drawn and chosen.name != "coco":
         raise ConfigError(f"data.name: {chosen.name!r} has no boxes; task=detection takes scenes, coco")
@@ -62,7 +63,7 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
         DataError: something is missing or broken, or train and val have other classes.
         ConfigError: `data.name` is none of segmentation's.
     """
-    chosen, channels = config.data, file_channels(config.model.in_chans)
+    chosen, channels = _stood_in(config.data), file_channels(config.model.in_chans)
     drawn = chosen.name in DRAWN
     if not drawn and chosen.name not in LAYOUTS:
         raise ConfigError(
@@ -97,10 +98,29 @@ def _source(sets: Mapping[str, CocoSet | MaskSet], channels: int, drawn_at: Path
     return Source(sets.get("train"), sets.get("val"), first.num_classes, channels, first.class_names, place, reports)
 
 
+def _stood_in(config: DataConfig) -> DataConfig:
+    """`config`; where scenes stand in for other data, in a debug run, without what those are read by."""
+    if config.name != "synthetic":
+        return config
+    places = {f"{split}_{what}": None for split in ("train", "val") for what in ("images", "annotations")}
+    own = DataConfig()
+    return dataclasses.replace(
+        config,
+        **places,
+        train_split=own.train_split,
+        val_split=own.val_split,
+        class_names=None,
+        label_map=None,
+        mask_suffix=own.mask_suffix,
+    )
+
+
 def scenes(config: TrainConfig | EvalConfig) -> Path:
     """The folder of digit scenes, drawn on first use below `data.root` or, without one, the folder of the runs."""
     chosen = config.data
-    root = Path(chosen.root) if chosen.root else Path(config.paths.runs) / "scenes"
+    # a debug run of other data has their root, where nothing is to be drawn; evaluated, it has that of its scenes
+    theirs = chosen.name == "synthetic" and isinstance(config, TrainConfig)
+    root = Path(chosen.root) if chosen.root and not theirs else Path(config.paths.runs) / "scenes"
     return write_scenes(
         root.expanduser(),
         count_train=chosen.num_images,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import data, network
 from ..config import EvalConfig, TaskConfig, TrainConfig
-from ..dense.batches import batches, check_augmentation, check_preparation, lists, policy_of
+from ..dense.batches import batches, lists, policy_of
 from ..dense.coco import CocoSet
 from ..dense.coco_metrics import NAMES, PREFIX, CocoMetrics
 from ..dense.drawing import write_detections
@@ -83,9 +83,6 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     """
     network.check_name(config.model.name)
     chosen = config.data
-    check_preparation(chosen, "detection", "mean", "std")
-    if isinstance(config, TrainConfig):
-        check_augmentation(config.aug, "detection", "multi_scale, multi_scale_crop, scenes")
     head = config.task.head or HEAD
     masks = "mask" in head
     splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import data, network
 from ..config import EvalConfig, TrainConfig
 from ..dense import inference
-from ..dense.batches import batches, check_augmentation, check_preparation, lists, policy_of, stacks
+from ..dense.batches import batches, lists, policy_of, stacks
 from ..dense.classes import IGNORED
 from ..dense.crops import segmentation_policy
 from ..dense.drawing import write_class_maps
@@ -117,9 +117,6 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     """
     network.check_name(config.model.name)
     chosen = config.data
-    check_preparation(chosen, "segmentation")
-    if isinstance(config, TrainConfig):
-        check_augmentation(config.aug, "segmentation", "ade20k, scenes_maps")
     splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")
     source = segmentation_source(config, splits)
     head, whole = config.task.head or HEAD, isinstance(config, EvalConfig)

@@ -292,9 +292,9 @@ def test_a_pass_that_is_cut_short_counts_its_images_and_its_loss() -> None:
         (
             ["task=detection", "aug=imagenet"],
             ConfigError,
-            r"^aug\.color_jitter, .*: for classification alone; .*multi_scale",
+            r"^aug\.color_jitter=0\.4: not read by task=detection: aug=multi_scale",
         ),
-        (["task=segmentation", "aug.hflip=0"], ConfigError, r"^aug\.hflip: for classification alone; .* aug=ade20k"),
+        (["task=segmentation", "aug.hflip=0"], ConfigError, r"^aug\.hflip=0\.0: not read .*: aug=ade20k"),
         (
             ["task=detection", "model.in_chans=2"],
             ConfigError,
