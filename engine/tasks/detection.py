@@ -81,7 +81,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     Raises:
         UserError: anything that can be wrong before the first batch.
     """
-    network.check_name(config.model.name)
+    network.check(config.model, config.task)
     chosen = config.data
     head = config.task.head or HEAD
     masks = "mask" in head

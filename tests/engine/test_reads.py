@@ -47,7 +47,10 @@ def checked(*overrides: str) -> TrainConfig:
         ([*MASKS, "aug.hflip=0"], r"aug\.hflip=0\.0: not read by task=segmentation: aug=ade20k"),
         (["task=segmentation", "data=voc", "data.mask_suffix=_m"], r"not read by task=segmentation data=voc"),
         (["task=segmentation", "data.mask_suffix=_m"], r"not read by task=segmentation data=scenes"),
-        (["task.head=upernet"], r"task\.head=upernet: not read by task=classification: it reads task\.\{loss, smoothing"),
+        (
+            ["task.head=upernet"],
+            r"task\.head=upernet: not read by task=classification: it reads task\.\{loss, smoothing",
+        ),
         (["task.ratios=[0.5]"], r"task\.ratios=\[0\.5\]: not read"),
         (["data.held_out=0.1", "data=folder"], r"data\.held_out=0\.1: not read by task=classification data=folder"),
         (["data.crop_pct=0.9"], r"data\.crop_pct=0\.9: not read by task=classification data=digits"),
