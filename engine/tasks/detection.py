@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..dense.transforms import detection_policy
 from ..task import Curves, Forward, Prepared
 
 HEAD = "mask_rcnn"
+_logger = logging.getLogger("nearfield.engine")
 
 
 class Detection(DenseTask):
@@ -40,6 +42,13 @@ class Detection(DenseTask):
         super().__init__(config, measured)
         self.masks = masks
         self.truth = measured.ground_truth()
+        if all(one.get("iscrowd") for one in self.truth["annotations"]):
+            _logger.warning(
+                "%s: no object to find in its %d images: there will be no %s, and of a training no best weights",
+                measured.path,
+                len(measured),
+                self.primary,
+            )
 
     def loss(self, forward: Forward, inputs: list[Tensor], targets: list[dict[str, Any]]) -> Tensor:
         """The sum of the detector's losses: images (C, H, W) in [0, 1], targets as the detector takes them."""

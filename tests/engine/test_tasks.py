@@ -16,6 +16,7 @@ from nearfield import checkpoints
 from nearfield.engine import door, evaluation, fit, loop, tasks
 from nearfield.engine.config import EvalConfig, TaskConfig, TrainConfig, TrainerConfig
 from nearfield.engine.dense import sources
+from nearfield.engine.dense.scenes import write_scenes
 from nearfield.engine.dense.task import DenseTask
 from nearfield.engine.errors import CheckpointMismatchError, ConfigError, DataError
 from nearfield.engine.optim import create_scheduler
@@ -146,8 +147,6 @@ def test_only_whole_models_are_evaluated(overrides: list[str], words: str, runs:
 
 
 def test_a_run_is_not_measured_on_classes_of_other_names(runs: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    from nearfield.engine.dense.scenes import write_scenes
-
     folder = write_scenes(tmp_path, count_train=2, count_val=2)
     for split in ("train", "val"):
         path = folder / "annotations" / f"instances_{split}.json"
@@ -419,8 +418,6 @@ def test_what_is_evaluated_is_counted_on_the_screen(
 
 
 def test_categories_of_train_and_val_must_agree(tmp_path: Path) -> None:
-    from nearfield.engine.dense.scenes import write_scenes
-
     folder = write_scenes(tmp_path, count_train=2, count_val=2)
     val = folder / "annotations" / "instances_val.json"
     values = json.loads(val.read_text())
@@ -430,6 +427,23 @@ def test_categories_of_train_and_val_must_agree(tmp_path: Path) -> None:
         fit.train(
             composed("task=detection", "data=coco", f"data.root={folder}", "data.workers=0", f"paths.runs={tmp_path}")
         )
+
+
+@pytest.mark.parametrize("crowd", [False, True])
+def test_a_set_without_objects_to_measure_on_is_said_once(
+    crowd: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_scenes(tmp_path, count_train=2, count_val=2)
+    config = composed("task=detection", "data=scenes", "data.batch_size=2", f"paths.runs={tmp_path}")
+    config.data.name, config.data.root = "coco", str(folder)
+    tasks.prepare(config, CPU)
+    assert "no object" not in caplog.text
+    val = folder / "annotations" / "instances_val.json"
+    values = json.loads(val.read_text())
+    values["annotations"] = [{**one, "iscrowd": 1} for one in values["annotations"][:1]] if crowd else []
+    val.write_text(json.dumps(values))
+    tasks.prepare(config, CPU)
+    assert caplog.text.count("no object to find in its 2 images: there will be no box_ap") == 1
 
 
 def test_images_of_different_sizes_make_no_batch_of_maps(tmp_path: Path) -> None:
