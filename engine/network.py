@@ -22,7 +22,7 @@ _logger = logging.getLogger("nearfield.engine")
 HEADS = {"detection": DETECTORS, "segmentation": SEGMENTORS}
 # arguments that have a key of their own, behind whose back they would go as kwargs
 OWN_KEY = {
-    **{name: "model.name" for name in ("name", "model_name", "backbone", "backbone_name")},
+    **dict.fromkeys(("name", "model_name", "backbone", "backbone_name"), "model.name"),
     "pretrained": "model.pretrained",
     "checkpoint_path": "model.checkpoint",
     "num_classes": "data.num_classes, or leave it out: they are counted",
@@ -240,7 +240,10 @@ def image_size(config: ModelConfig) -> tuple[int, int] | None:
 def check_name(name: str) -> None:
     """Raise a ConfigError that names the nearest models if neither this package nor timm has `name`."""
     if not name:
-        raise ConfigError("model.name is not set: model=NAME, one of nearfield.list_models() or timm.list_models()")
+        raise ConfigError(
+            "model.name is not set: model=NAME, one of nearfield.list_models() or timm.list_models(), "
+            "as in model=nat_tiny model.pretrained=true"
+        )
     base = name.split(".")[0]
     if ":" not in name and not timm.is_model(base) and not is_ours(name):
         ours = list_models()

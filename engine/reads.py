@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from .config import AugConfig, EvalConfig, ModelConfig, TaskConfig, TrainConfig
+from .config import AugConfig, EvalConfig, ModelConfig, TrainConfig
 from .errors import ConfigError, listing
 
 TASKS: dict[str, tuple[str, ...]] = {
@@ -82,7 +82,7 @@ INSTEAD = {
 
 
 def check(config: TrainConfig | EvalConfig, overrides: Collection[str] | None = None) -> None:
-    """ConfigError if a key is set, other than by default, that the task does not read, or not with its data.
+    """ConfigError if the task has no such data, or a key is set, other than by default, that is not read with them.
 
     Args:
         config: of a training or of an evaluation. Of an evaluation only `overrides` count: the rest is of its run.
@@ -92,7 +92,7 @@ def check(config: TrainConfig | EvalConfig, overrides: Collection[str] | None = 
     if "data.root" in given and data in DRAWN and not given & {"data", "data.name", "experiment"}:
         raise ConfigError(f"data.root={config.data.root}, but no data are named: add data=NAME, {NAMED[task]}")
     by_hand = {".".join(key.split(".")[:2]) for key in given}
-    groups: list[tuple[str, Any, tuple[str, ...] | None]] = [
+    groups: list[tuple[str, Any, tuple[str, ...]]] = [
         ("task", config.task, TASKS[task]),
         ("data", config.data, _of_data(task, data)),
         ("model", config.model, MODELS[task]),
@@ -100,21 +100,24 @@ def check(config: TrainConfig | EvalConfig, overrides: Collection[str] | None = 
     if isinstance(config, TrainConfig) and not config.aug.no_aug:
         groups.append(("aug", config.aug, AUG[task]))
     for group, values, read in groups:
-        for key in _set(values) if read is not None else ():
+        for key in _set(values):
             path, value = f"{group}.{key}", getattr(values, key)
-            if key in ("name", *(read or ())) or OF_DEBUG.get(path) == value:
+            if key in ("name", *read) or OF_DEBUG.get(path) == value:
                 continue
             if isinstance(config, TrainConfig) or path in by_hand:
-                raise _unread(path, value, task, data, read or ())
+                raise _unread(path, value, task, data, read)
 
 
-def _of_data(task: str, data: str) -> tuple[str, ...] | None:
-    """The keys of `data` that are read; None for a set that the task does not have, of which others say so."""
+def _of_data(task: str, data: str) -> tuple[str, ...]:
+    """The keys of `data` that are read; ConfigError for a set that the task does not have."""
     sets = DATA[task]
     if data == "synthetic":  # stands in for any of them
         return (*_BATCHES, *SYNTHETIC, *(key for keys in sets.values() for key in keys))
     start = next((name for name in sets if name == data or (name.endswith("/") and data.lower().startswith(name))), "")
-    return (*sets[start], *_BATCHES) if start in sets else None
+    if start not in sets:
+        what = {"detection": "boxes", "segmentation": "class maps"}[task]
+        raise ConfigError(f"data.name: {data!r} has no {what}; task={task} takes {listing(sets)}")
+    return (*sets[start], *_BATCHES)
 
 
 def _set(values: Any) -> list[str]:

@@ -103,13 +103,13 @@ def test_the_table_has_every_key_and_no_other() -> None:
 
 
 def test_of_an_evaluation_what_is_set_by_hand_counts() -> None:
-    config = EvalConfig(task=TaskConfig(name="detection", flip=True, crop=512))
+    config = EvalConfig(data=DataConfig(name="coco"), task=TaskConfig(name="detection", flip=True, crop=512))
     reads.check(config, ["task.min_size"])
     with pytest.raises(ConfigError, match=r"task\.crop=512: not read by task=detection"):
         reads.check(config, ["task", "task.crop"])
     config.task.kwargs = {"detections": 3}
     reads.check(config, ["task.kwargs.detections"])
-    config.task.name = "classification"
+    config.task.name, config.data.name = "classification", "folder"
     with pytest.raises(ConfigError, match=r"task\.kwargs=.* not read by task=classification"):
         reads.check(config, ["task.kwargs.detections"])
 

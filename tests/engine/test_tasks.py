@@ -272,9 +272,10 @@ def test_a_pass_that_is_cut_short_counts_its_images_and_its_loss() -> None:
     [
         (["task=detection", "data=digits"], ConfigError, r"data\.name: 'digits' has no boxes"),
         (["task=segmentation", "data=digits"], ConfigError, r"data\.name: 'digits' has no class maps"),
-        (["task=detection", "data=coco"], DataError, r"data\.root is not set"),
+        (["task=detection", "data=coco", "model=nat_tiny"], DataError, r"data\.root is not set"),
+        (["task=detection", "data=coco", "data.root=/"], ConfigError, r"model\.name is not set: .*model=nat_tiny"),
         (
-            ["task=segmentation", "data=ade20k", "data.root=/nowhere/ade"],
+            ["task=segmentation", "data=ade20k", "data.root=/nowhere/ade", "model=nat_tiny"],
             DataError,
             r"data\.root=/nowhere/ade: no such",
         ),
@@ -423,10 +424,9 @@ def test_categories_of_train_and_val_must_agree(tmp_path: Path) -> None:
     values = json.loads(val.read_text())
     values["categories"][3]["name"] = "drei"
     val.write_text(json.dumps(values))
+    more = ["model=nat_nano", f"data.root={folder}", "data.workers=0", f"paths.runs={tmp_path}"]
     with pytest.raises(DataError, match=r"categories of train and val differ .*drei"):
-        fit.train(
-            composed("task=detection", "data=coco", f"data.root={folder}", "data.workers=0", f"paths.runs={tmp_path}")
-        )
+        fit.train(composed("task=detection", "data=coco", *more))
 
 
 @pytest.mark.parametrize("crowd", [False, True])
@@ -455,7 +455,7 @@ def test_images_of_different_sizes_make_no_batch_of_maps(tmp_path: Path) -> None
             Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / "masks" / split / f"{i}.png")
     overrides = ["task=segmentation", "data=masks", f"data.root={tmp_path}", "data.num_classes=2", "data.workers=0"]
     with pytest.raises(ConfigError, match=r"images of 40x40 and 48x48 make no batch: aug\.policy=random_crop"):
-        fit.train(composed(*overrides, "aug=none", f"paths.runs={tmp_path / 'runs'}"))
+        fit.train(composed(*overrides, "model=nat_nano", "aug=none", f"paths.runs={tmp_path / 'runs'}"))
 
 
 @pytest.mark.parametrize("task", TASKS)
