@@ -240,9 +240,10 @@ def image_size(config: ModelConfig) -> tuple[int, int] | None:
 def check_name(name: str) -> None:
     """Raise a ConfigError that names the nearest models if neither this package nor timm has `name`."""
     if not name:
+        published = list_models("*_tiny", pretrained=True)[-1].split(".")[0]
         raise ConfigError(
             "model.name is not set: model=NAME, one of nearfield.list_models() or timm.list_models(), "
-            "as in model=nat_tiny model.pretrained=true"
+            f"as in model={published} model.pretrained=true"
         )
     base = name.split(".")[0]
     if ":" not in name and not timm.is_model(base) and not is_ours(name):
