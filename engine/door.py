@@ -37,7 +37,7 @@ _TAKES_VALUE = _NEEDS_VALUE | {"--info", "-i"}
 _FLAGS = _TAKES_VALUE | {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--run", "-r"}
 _FLAGS |= {"--multirun", "-m", "--shell-completion", "-sc", "--experimental-rerun"}
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
-_OWN_DATA = re.compile(r"\+{0,2}data(\.name)?=(?!scenes$)")
+_OWN_DATA = re.compile(r"\+{0,2}data(?:\.name)?=(?!scenes$)(?P<name>.*)")
 T = TypeVar("T")
 Job = Callable[[T, list[str]], dict[str, Any]]
 
@@ -92,8 +92,8 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Command line arguments in the form Hydra wants: its flags, and the overrides.
 
     `key=value` is allowed for every key of `kind`, also those that no yaml file mentions; `model=NAME` for every model;
-    `experiment=` means `+experiment=`; a debug group goes on top of an experiment; a task brings the small data, model
-    and training of its demo (configs/demo), or, where data are named, what fine-tuning on them starts from
+    `experiment=` means `+experiment=`; a debug group goes on top of all other groups; a task brings the small data,
+    model and training of its demo (configs/demo), or, where data are named, what fine-tuning on them starts from
     (configs/finetune), unless there is an experiment to say that.
 
     Raises:
@@ -105,7 +105,7 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     folders = _folders(arguments)
     groups = _groups(kind, folders)
     has_experiment = any(re.match(r"\+{0,2}experiment=", argument) for argument in arguments)
-    brings = "finetune" if any(_OWN_DATA.match(argument) for argument in arguments) else "demo"
+    own_data = next((match["name"] for match in map(_OWN_DATA.fullmatch, arguments) if match), None)
     if arguments and arguments[-1] in _NEEDS_VALUE:
         raise ConfigError(f"{arguments[-1]}: its value is missing")
     for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -138,22 +138,27 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             elif group == "task" and not sign and kind is TrainConfig and not has_experiment:
                 if "," in value:
                     raise ConfigError(f"task={value}: each task has data and a model of its own: run them one by one")
-                out += [
-                    argument,
-                    *(f"+{brings}={value}" for folder in folders if (folder / f"{brings}/{value}.yaml").is_file()),
-                ]
-            elif group == "debug" and has_experiment:
-                last.append(f"+debug@_global_={value}")
+                out += [argument, *_brought(folders, value, own_data)]
             elif group in groups:
                 if re.fullmatch(r"[\w./,-]+", value) and not {"null", *options} >= set(value.split(",")):
                     raise _no_option(group, value, options)
-                out.append(f"{sign}{key}={value}")
+                if group != "debug":
+                    out.append(f"{sign}{key}={value}")
+                elif value != "null":  # behind what a task or an experiment brings
+                    last.append(f"+debug@_global_={value}")
             else:
                 wrong = check.locate(kind, key, sorted(groups))
                 if wrong is not None:
                     raise wrong
                 out.append(f"++{key}={value}")
     return flags, out + last
+
+
+def _brought(folders: Sequence[Path], task: str, own_data: str | None) -> list[str]:
+    """What a task brings: its demo, or what fine-tuning starts from on those data, on any."""
+    group, names = ("demo", [task]) if own_data is None else ("finetune", [f"{task}_{own_data}", task])
+    found = [name for name in names for folder in folders if (folder / group / f"{name}.yaml").is_file()]
+    return [f"+{group}={name}" for name in found[:1]]
 
 
 def _folders(arguments: Sequence[str]) -> list[Path]:

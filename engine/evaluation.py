@@ -6,10 +6,11 @@ import dataclasses
 import datetime
 import itertools
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import check, hardware, loop, runs, tasks
+from . import check, hardware, loop, reads, runs, tasks
 from .config import EvalConfig
 from .data import Source
 from .errors import CheckpointMismatchError, ConfigError, DataError, listing
@@ -29,6 +30,7 @@ def evaluate(config: EvalConfig, overrides: list[str] | None = None) -> dict[str
         UserError: see `errors`.
     """
     config = of_run(config, overrides or [])
+    reads.check(config, overrides)
     device = hardware.setup(config.hardware)
     dtype = hardware.precision(config.hardware, device)
     seed_everything(config.seed)
@@ -108,7 +110,8 @@ def _check_classes(checkpoint: Path, source: Source) -> None:
 def of_run(config: EvalConfig, overrides: list[str]) -> EvalConfig:
     """`config` with the model, data, task and precision of the run that `run` or `checkpoint` belongs to, if any.
 
-    What `overrides` name (a key like data.root, or a whole group like data) stays as it is in `config`.
+    What `overrides` name (a key like data.root or task.kwargs.detections, or a whole group like data) stays as it is in
+    `config`.
     """
     if config.run and config.checkpoint:
         raise ConfigError(
@@ -140,10 +143,19 @@ def of_run(config: EvalConfig, overrides: list[str]) -> EvalConfig:
         # tricks of training: what is evaluated is the split, all of it
         merged["data"] |= {"overfit_batches": None, "limit_train_batches": None, "limit_val_batches": None}
         for key in overrides:
-            group, _, name = key.partition(".")
-            if group in merged and not name:
-                merged[group] = own[group]
-            elif isinstance(merged.get(group), dict) and name:
-                merged[group][name.split(".")[0]] = own[group][name.split(".")[0]]
+            _take(merged, own, key.split("."))
     merged["model"]["checkpoint"] = str(path) if path.exists() else given
     return check.build(EvalConfig, merged)
+
+
+def _take(merged: dict[str, Any], own: Mapping[str, Any], path: Sequence[str]) -> None:
+    """Put what `own` has at `path` into `merged`; arguments (`kwargs`) beside those that are there, as Hydra does."""
+    *parents, name = path
+    for parent in parents:
+        if not isinstance(own.get(parent), Mapping):
+            return
+        own, merged[parent] = own[parent], dict(merged.get(parent) or {})
+        merged = merged[parent]
+    if name in own:
+        both = name == "kwargs" and isinstance(merged.get(name), dict)
+        merged[name] = merged[name] | own[name] if both else own[name]

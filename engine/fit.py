@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import data, hardware, loop, optim, plots, runs, tasks
+from . import data, hardware, loop, optim, plots, reads, runs, tasks
 from .config import TrainConfig
 from .errors import DataError, Interrupted
 from .loggers import Logger, create_loggers
@@ -31,6 +31,10 @@ def train(config: TrainConfig, overrides: list[str] | None = None) -> dict[str, 
 
     Everything that can be wrong is looked at before the run folder is made.
 
+    Args:
+        config: of the run.
+        overrides: keys and groups that were set by hand.
+
     Returns:
         task, model, run_dir, seconds (training with its evaluations), epochs, the metrics of the last evaluation, and
         the best one with its epoch.
@@ -38,6 +42,7 @@ def train(config: TrainConfig, overrides: list[str] | None = None) -> dict[str, 
     Raises:
         UserError: see `errors`; Interrupted when asked to stop, after saving.
     """
+    reads.check(config, overrides)
     device = hardware.setup(config.hardware)
     dtype = hardware.precision(config.hardware, device)
     seed_everything(config.seed)
@@ -99,7 +104,7 @@ class _Run:
         config = self.config
         # the data's channels and place, so that the weights are evaluated as they are, from wherever, on whatever
         model = dataclasses.replace(config.model, in_chans=source.in_chans)
-        place = dataclasses.replace(config.data, root=config.data.root or source.root)
+        place = dataclasses.replace(config.data, root=source.root or config.data.root)
         self.folder.write_config(dataclasses.replace(config, model=model, data=place))
         self.meta = runs.describe(
             device,

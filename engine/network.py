@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,10 +13,36 @@ from torch import nn
 
 from .. import create_detector, create_model, create_segmentor, list_models
 from ..checkpoints.errors import CheckpointError
+from ..models.dense.detection import HEADS as DETECTORS
+from ..models.dense.segmentation import HEADS as SEGMENTORS
 from .config import ModelConfig, TaskConfig
 from .errors import CheckpointMismatchError, ConfigError, listing, nearest
 
 _logger = logging.getLogger("nearfield.engine")
+HEADS = {"detection": DETECTORS, "segmentation": SEGMENTORS}
+# arguments that have a key of their own, behind whose back they would go as kwargs
+OWN_KEY = {
+    **dict.fromkeys(("name", "model_name", "backbone", "backbone_name"), "model.name"),
+    "pretrained": "model.pretrained",
+    "checkpoint_path": "model.checkpoint",
+    "num_classes": "data.num_classes, or leave it out: they are counted",
+    **{name: f"model.{name}" for name in ("in_chans", "img_size", "drop_rate", "drop_path_rate")},
+}
+OWN_KEY_DENSE = OWN_KEY | {name: f"task.{name}" for name in ("head", "out_norm", "min_size", "max_size")}
+
+
+def check(config: ModelConfig, task: TaskConfig) -> None:
+    """ConfigError for what is wrong with the names and arguments of a model, told before data are opened."""
+    check_name(config.name)
+    heads = HEADS.get(task.name)
+    if heads and task.head is not None and task.head not in heads:
+        close = nearest(task.head, heads, count=1)
+        raise ConfigError(f"task.head={task.head}: no such head of task={task.name}{close}; it has {listing(heads)}")
+    own_key = OWN_KEY_DENSE if heads else OWN_KEY
+    for group, kwargs in (("model", config.kwargs), ("task", task.kwargs)):
+        for name in kwargs:
+            if name in own_key:
+                raise ConfigError(f"{group}.kwargs.{name}: it has a key of its own: use {own_key[name]}")
 
 
 def build(
@@ -116,18 +143,32 @@ def _build_dense(
     }
     options = {key: value for key, value in options.items() if value is not None}
     with errors_in_one_line(config):
-        model = create(
-            config.name,
-            head,
-            pretrained=config.pretrained and not config.checkpoint,
-            checkpoint_path=None if whole else config.checkpoint,
-            out_norm=task.out_norm,
-            **{**sizes, **options, **config.kwargs, **task.kwargs},
-        )
+        try:
+            model = create(
+                config.name,
+                head,
+                pretrained=config.pretrained and not config.checkpoint,
+                checkpoint_path=None if whole else config.checkpoint,
+                out_norm=task.out_norm,
+                **{**sizes, **options, **config.kwargs, **task.kwargs},
+            )
+        except TypeError as error:
+            raise _unknown_option(error, task, create, config.name) or error from error
     if whole:
         _load_whole(model, str(config.checkpoint), f"{head} on {config.name} with {sizes['num_classes']} classes")
     checkpoint_activations(config, model)
     return model
+
+
+def _unknown_option(error: TypeError, task: TaskConfig, create: Callable[..., Any], name: str) -> ConfigError | None:
+    """What to say if `error` is about one of `task.kwargs`, which is first an argument of `create`."""
+    wrong = next((key for key in task.kwargs if repr(key) in str(error)), None)
+    if wrong is None:
+        return None
+    parameters = inspect.signature(create).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in OWN_KEY_DENSE]
+    close = nearest(wrong, names, count=1) or f"; {create.__name__} takes {listing(names, limit=30)}"
+    return ConfigError(f"task.kwargs.{wrong}: neither {create.__name__} nor {name} takes it{close}")
 
 
 def _load_whole(model: Any, source: str, what: str) -> None:
@@ -199,7 +240,11 @@ def image_size(config: ModelConfig) -> tuple[int, int] | None:
 def check_name(name: str) -> None:
     """Raise a ConfigError that names the nearest models if neither this package nor timm has `name`."""
     if not name:
-        raise ConfigError("model.name is not set: model=NAME, one of nearfield.list_models() or timm.list_models()")
+        published = list_models("*_tiny", pretrained=True)[-1].split(".")[0]
+        raise ConfigError(
+            "model.name is not set: model=NAME, one of nearfield.list_models() or timm.list_models(), "
+            f"as in model={published} model.pretrained=true"
+        )
     base = name.split(".")[0]
     if ":" not in name and not timm.is_model(base) and not is_ours(name):
         ours = list_models()

@@ -15,13 +15,13 @@ from _classify import names_of_classes, preparation
 from nearfield import checkpoints
 from nearfield.engine import data, evaluation, network, runs
 from nearfield.engine.config import EvalConfig, ModelConfig, TaskConfig
+from nearfield.engine.dense.crops import ADE20K_SCALE
 from torch import nn
 
 CLASSIFICATION, DETECTION, SEGMENTATION = TASKS = ("classification", "detection", "segmentation")
 SEGMENTATION_HEADS = ("upernet", "fpn")
 DEFAULT_HEAD = {DETECTION: "mask_rcnn", SEGMENTATION: "upernet"}
 IMAGENET = 1000  # classes
-ADE20K = [2048, 512]  # pixels: (longest, shortest) side that pictures are fitted into, as the published segmentors are
 
 
 @dataclass
@@ -86,6 +86,10 @@ def _of_run(options: argparse.Namespace, folder: Path) -> Loaded:
             raise ValueError(f"--{flag} {given}: the run in {folder} is of {value}: leave --{flag} out")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     channels, classes = int(meta["in_chans"]), int(meta["num_classes"])
+    if options.num_classes not in (None, classes):
+        raise ValueError(
+            f"--num-classes {options.num_classes}: the run in {folder} has {classes} classes: leave --num-classes out"
+        )
     names = names_of_classes(options.names, classes) or meta.get("class_names")
     source = str(model_config.checkpoint)
     if task.name == CLASSIFICATION:
@@ -111,8 +115,8 @@ def _of_file(options: argparse.Namespace) -> Loaded:
     classes = options.num_classes or (len(names) if names else 0)
     if not classes:
         raise ValueError(f"--task {task} with a file that is in no run folder: say --num-classes N or --names FILE")
-    # evaluated as the published ones are
-    wanted = TaskConfig(name=task, head=options.head, fit=ADE20K)
+    # as the published ones are evaluated, by eval.py too
+    wanted = TaskConfig(name=task, head=options.head, fit=list(ADE20K_SCALE))
     return _dense(options, ModelConfig(name=name), wanted, classes, options.checkpoint, names, 3)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AugConfig, DataConfig, TrainConfig
+from ..config import DataConfig, TrainConfig
 from ..data import Batch, Batches, leave_interrupts, workers
-from ..errors import ConfigError, listing
+from ..errors import ConfigError
 
 Collate = Callable[[Sequence[tuple[Any, Any]]], Batch]
 
@@ -62,38 +61,11 @@ class DeviceLoader:
         return [self._moved(part) for part in value] if isinstance(value, list) else value
 
 
-def check_augmentation(aug: AugConfig, task: str, options: str) -> None:
-    """ConfigError if `aug` asks for what only classification has: it would be trained without, and nobody told.
-
-    Args:
-        aug: the `aug` group.
-        task: its name, for the message.
-        options: the options of the group that this task takes.
-    """
-    own = {"no_aug", "policy", "kwargs"}
-    default = AugConfig()
-    foreign = [
-        f"aug.{key.name}"
-        for key in dataclasses.fields(aug)
-        if key.name not in own and getattr(aug, key.name) != getattr(default, key.name)
-    ]
-    if foreign and not aug.no_aug:
-        raise ConfigError(
-            f"{listing(foreign, limit=3)}: for classification alone; task={task} is augmented by aug.policy: "
-            f"aug={options}, or aug=none"
-        )
-
-
-def check_preparation(config: DataConfig, task: str, *keys: str) -> None:
-    """ConfigError if `config` sets what only classification prepares images by, or one of `keys`: not read here."""
-    for key in ("crop_pct", "crop_mode", "interpolation", *keys):
-        if getattr(config, key) is not None:
-            advice = f"task.kwargs.image_{key}=" if key in ("mean", "std") else "task.min_size, task.fit and the like"
-            raise ConfigError(f"data.{key}={getattr(config, key)}: not read by task={task}; use {advice}")
-
-
 def policy_of(config: TrainConfig) -> tuple[str, dict[str, Any]]:
     """Name and options of the augmentation: none where it is off, where batches are overfitted, in a debug run."""
+    for key, own in (("name", "aug.policy"), ("mean", "data.mean"), ("std", "data.std")):
+        if key in config.aug.kwargs:
+            raise ConfigError(f"aug.kwargs.{key}: it has a key of its own: use {own}")
     off = config.aug.no_aug or bool(config.data.overfit_batches) or config.data.name == "synthetic"
     return ("none", {}) if off else (config.aug.policy, config.aug.kwargs)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..config import DataConfig, EvalConfig, TrainConfig
 from ..data import Source, check_count, file_channels
-from ..errors import ConfigError, DataError, listing
+from ..errors import DataError, listing
 from .coco import CocoSet
 from .masks import MaskSet
 from .scenes import write_scenes
@@ -24,12 +25,10 @@ def detection_source(config: TrainConfig | EvalConfig, splits: Sequence[str], *,
 
     Raises:
         DataError: something is missing or broken, or train and val have other categories.
-        ConfigError: `data.name` is none of detection's.
+        ConfigError: `data.num_classes` or `model.in_chans` is not what the data have.
     """
-    chosen, channels = config.data, file_channels(config.model.in_chans)
+    chosen, channels = _stood_in(config.data), file_channels(config.model.in_chans)
     drawn = chosen.name in DRAWN
-    if not drawn and chosen.name != "coco":
-        raise ConfigError(f"data.name: {chosen.name!r} has no boxes; task=detection takes scenes, coco")
     root = scenes(config) if drawn else _root(chosen)
     sets = {
         split: CocoSet(
@@ -60,14 +59,10 @@ def segmentation_source(config: TrainConfig | EvalConfig, splits: Sequence[str])
 
     Raises:
         DataError: something is missing or broken, or train and val have other classes.
-        ConfigError: `data.name` is none of segmentation's.
+        ConfigError: `model.in_chans` is not what image files have, or an option not what the set has.
     """
-    chosen, channels = config.data, file_channels(config.model.in_chans)
+    chosen, channels = _stood_in(config.data), file_channels(config.model.in_chans)
     drawn = chosen.name in DRAWN
-    if not drawn and chosen.name not in LAYOUTS:
-        raise ConfigError(
-            f"data.name: {chosen.name!r} has no class maps; task=segmentation takes scenes, {', '.join(LAYOUTS)}"
-        )
     root = scenes(config) if drawn else _root(chosen)
     names = {"train": chosen.train_split, "val": chosen.val_split}
     sets = {
@@ -97,10 +92,31 @@ def _source(sets: Mapping[str, CocoSet | MaskSet], channels: int, drawn_at: Path
     return Source(sets.get("train"), sets.get("val"), first.num_classes, channels, first.class_names, place, reports)
 
 
+def _stood_in(config: DataConfig) -> DataConfig:
+    """`config`; where scenes stand in for other data, in a debug run, without what those are read by."""
+    if config.name != "synthetic":
+        return config
+    own = DataConfig()
+    return dataclasses.replace(
+        config,
+        train_images=None,
+        val_images=None,
+        train_annotations=None,
+        val_annotations=None,
+        train_split=own.train_split,
+        val_split=own.val_split,
+        class_names=None,
+        label_map=None,
+        mask_suffix=own.mask_suffix,
+    )
+
+
 def scenes(config: TrainConfig | EvalConfig) -> Path:
     """The folder of digit scenes, drawn on first use below `data.root` or, without one, the folder of the runs."""
     chosen = config.data
-    root = Path(chosen.root) if chosen.root else Path(config.paths.runs) / "scenes"
+    # a debug run of other data has their root, where nothing is to be drawn; evaluated, it has that of its scenes
+    theirs = chosen.name == "synthetic" and isinstance(config, TrainConfig)
+    root = Path(chosen.root) if chosen.root and not theirs else Path(config.paths.runs) / "scenes"
     return write_scenes(
         root.expanduser(),
         count_train=chosen.num_images,

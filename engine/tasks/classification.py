@@ -89,7 +89,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     Raises:
         ConfigError: images are mixed in pairs and the batch is odd, and what `data` and `network` raise.
     """
-    network.check_name(config.model.name)
+    network.check(config.model, config.task)
     splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")
     source = data.open_source(config.data, splits=splits, in_chans=config.model.in_chans)
     model = network.build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import data, network
 from ..config import EvalConfig, TaskConfig, TrainConfig
-from ..dense.batches import batches, check_augmentation, check_preparation, lists, policy_of
+from ..dense.batches import batches, lists, policy_of
 from ..dense.coco import CocoSet
 from ..dense.coco_metrics import NAMES, PREFIX, CocoMetrics
 from ..dense.drawing import write_detections
@@ -22,6 +23,7 @@ from ..dense.transforms import detection_policy
 from ..task import Curves, Forward, Prepared
 
 HEAD = "mask_rcnn"
+_logger = logging.getLogger("nearfield.engine")
 
 
 class Detection(DenseTask):
@@ -40,6 +42,13 @@ class Detection(DenseTask):
         super().__init__(config, measured)
         self.masks = masks
         self.truth = measured.ground_truth()
+        if all(one.get("iscrowd") for one in self.truth["annotations"]):
+            _logger.warning(
+                "%s: no object to find in its %d images: there will be no %s, and of a training no best weights",
+                measured.path,
+                len(measured),
+                self.primary,
+            )
 
     def loss(self, forward: Forward, inputs: list[Tensor], targets: list[dict[str, Any]]) -> Tensor:
         """The sum of the detector's losses: images (C, H, W) in [0, 1], targets as the detector takes them."""
@@ -81,11 +90,8 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     Raises:
         UserError: anything that can be wrong before the first batch.
     """
-    network.check_name(config.model.name)
+    network.check(config.model, config.task)
     chosen = config.data
-    check_preparation(chosen, "detection", "mean", "std")
-    if isinstance(config, TrainConfig):
-        check_augmentation(config.aug, "detection", "multi_scale, multi_scale_crop, scenes")
     head = config.task.head or HEAD
     masks = "mask" in head
     splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")

@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 
 from ...models.backbone import MIN_IMAGE
 from .. import data, network
-from ..config import EvalConfig, TrainConfig
+from ..config import EvalConfig, TaskConfig, TrainConfig
 from ..dense import inference
-from ..dense.batches import batches, check_augmentation, check_preparation, lists, policy_of, stacks
+from ..dense.batches import batches, lists, policy_of, stacks
 from ..dense.classes import IGNORED
 from ..dense.crops import PadTo, segmentation_policy
 from ..dense.drawing import write_class_maps
@@ -24,6 +24,7 @@ from ..dense.masks import MaskSet
 from ..dense.segmentation_metrics import SegmentationMetrics
 from ..dense.sources import segmentation_source
 from ..dense.task import DenseTask
+from ..errors import ConfigError
 from ..task import Curves, Forward, Prepared
 
 HEAD = "upernet"
@@ -112,17 +113,30 @@ class Normalisation:
         return {"fit": size, "ratios": " ".join(map(str, self.ratios)), "flip": self.flip, "crop": self.crop or "whole"}
 
 
+def check_views(config: TaskConfig) -> None:
+    """ConfigError for what no image can be evaluated with."""
+    fit, crop, stride = config.fit, config.crop, config.stride
+    if fit is not None and (len(fit) != 2 or fit[0] < fit[1]):
+        raise ConfigError(f"task.fit={fit}: give two numbers of pixels, [longest, shortest] side")
+    if not config.ratios:
+        raise ConfigError("task.ratios=[]: give one number or more; [1.0] is the size itself")
+    if stride is not None and crop is None:
+        raise ConfigError(
+            f"task.stride={stride}: there are no windows without task.crop: set it or leave task.stride out"
+        )
+    if stride is not None and crop is not None and stride > crop:
+        raise ConfigError(f"task.stride={stride}: windows of task.crop={crop} would leave gaps: at most {crop}")
+
+
 def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     """Data, segmentor and task.
 
     Raises:
         UserError: anything that can be wrong before the first batch.
     """
-    network.check_name(config.model.name)
+    network.check(config.model, config.task)
+    check_views(config.task)
     chosen = config.data
-    check_preparation(chosen, "segmentation")
-    if isinstance(config, TrainConfig):
-        check_augmentation(config.aug, "segmentation", "ade20k, scenes_maps")
     splits = (config.split,) if isinstance(config, EvalConfig) else ("train", "val")
     source = segmentation_source(config, splits)
     head, whole = config.task.head or HEAD, isinstance(config, EvalConfig)

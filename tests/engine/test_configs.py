@@ -10,8 +10,9 @@ import pytest
 import timm
 import yaml
 from nearfield import list_models
-from nearfield.engine import check, door
+from nearfield.engine import check, door, fit
 from nearfield.engine.config import EvalConfig, TaskConfig, TrainConfig
+from nearfield.engine.dense.crops import ADE20K_SCALE, segmentation_policy
 from nearfield.engine.errors import ConfigError
 
 FILES = sorted(door.CONFIGS.rglob("*.yaml"))
@@ -93,7 +94,8 @@ def test_a_file_is_composed_and_checked(path: Path) -> None:
         config = door.compose("eval" if kind is EvalConfig else "train", kind)
     else:
         # these come with their task
-        arguments = {"demo": [f"task={path.stem}"], "finetune": [f"task={path.stem}", "data=coco"]}
+        task, _, data = path.stem.partition("_")
+        arguments = {"demo": [f"task={task}"], "finetune": [f"task={task}", f"data={data or 'coco'}"]}
         config = door.compose("train", TrainConfig, arguments.get(group, [f"{group}={path.stem}"]))
     again = check.build(type(config), yaml.safe_load(door.to_yaml(config)))
     assert again == config
@@ -179,6 +181,7 @@ def test_a_task_on_named_data_has_nothing_of_the_demo(task: str, data: str, spel
     plain = check.build(TaskConfig, yaml.safe_load((door.CONFIGS / f"task/{task}.yaml").read_text()))
     assert config.task == plain
     assert (config.data.name, config.optim.name, config.optim.lr) == (data, "adamw", 1e-4)
+    assert config.model.name == ""
     assert config.aug.policy == {"detection": "multi_scale", "segmentation": "random_crop"}[task]
     other = door.compose(
         "train", TrainConfig, ["optim=sgd", f"data={data}", f"task={task}", "aug=none", "model=nat_tiny"]
@@ -186,6 +189,31 @@ def test_a_task_on_named_data_has_nothing_of_the_demo(task: str, data: str, spel
     assert (other.optim.name, other.aug.no_aug, other.model.name, other.task) == ("sgd", True, "nat_tiny", plain)
     assert other.optim.lr == door.compose("train", TrainConfig, ["optim=sgd"]).optim.lr
     assert door.compose("train", TrainConfig, [f"task={task}", "data=scenes"]).task.kwargs["channels"] == 64
+
+
+@pytest.mark.parametrize("spelling", ["model=nat_nano", "model.name=nat_nano", "model=default"])
+def test_named_data_ask_for_a_model(spelling: str) -> None:
+    """Those of the demos are made for images of 32 and 128 pixels."""
+    for task in (["task=detection", "data=coco"], ["task=segmentation", "data.name=cityscapes"]):
+        with pytest.raises(ConfigError, match=r"model\.name is not set: .* model=\w+_tiny model\.pretrained=true"):
+            fit.train(door.compose("train", TrainConfig, task))
+        assert door.compose("train", TrainConfig, [*task, spelling]).model.name == "nat_nano"
+
+
+@pytest.mark.parametrize("data", ["ade20k", "voc", "masks", "cityscapes"])
+@pytest.mark.parametrize("spelling", ["data={}", "data.name={}"])
+def test_a_segmentor_is_evaluated_at_the_scale_that_it_is_trained_at(data: str, spelling: str) -> None:
+    config = door.compose("train", TrainConfig, ["task=segmentation", spelling.format(data)])
+    assert config.task.fit == config.aug.kwargs["scale"] == ([2048, 1024] if data == "cityscapes" else [2048, 512])
+    assert config.aug.kwargs["crop"] == ([512, 1024] if data == "cityscapes" else 512)
+    assert segmentation_policy(config.aug.policy, mean=[0.0], std=[1.0], **config.aug.kwargs)
+    drawn = door.compose("train", TrainConfig, ["task=segmentation", "data=scenes"])
+    assert (drawn.task.fit, "scale" in drawn.aug.kwargs) == (None, False)
+
+
+def test_whole_files_are_evaluated_as_the_published_ones_are() -> None:
+    config = door.compose("eval", EvalConfig, ["task=segmentation", "data=ade20k", "model=nat_tiny", "checkpoint=x"])
+    assert config.task.fit == list(ADE20K_SCALE)  # as scripts/predict.py does
 
 
 def test_tasks_are_no_sweep() -> None:
@@ -197,6 +225,23 @@ def test_a_debug_group_lies_on_top_of_an_experiment() -> None:
     for order in (["debug=fdr", "+experiment=nat_tiny_imagenet"], ["experiment=nat_tiny_imagenet", "debug=fdr"]):
         config = door.compose("train", TrainConfig, order)
         assert (config.model.name, config.data.name, config.trainer.epochs) == ("nat_tiny", "synthetic", 1)
+
+
+DEBUG = {"fdr": (1, None), "limit": (2, None), "overfit": (60, 10), "profiler": (1, None)}  # epochs, eval_every
+
+
+@pytest.mark.parametrize("debug", DEBUG)
+@pytest.mark.parametrize("task", ["task=segmentation", "task=detection", "task=segmentation data=voc", "seed=0"])
+def test_a_debug_group_lies_on_top_of_what_a_task_brings(task: str, debug: str) -> None:
+    epochs, eval_every = DEBUG[debug]
+    plain = door.compose("train", TrainConfig, task.split())
+    for order in ([*task.split(), f"debug={debug}"], [f"+debug={debug}", *task.split()]):
+        config = door.compose("train", TrainConfig, order)
+        assert config.trainer.epochs == epochs
+        assert config.trainer.eval_every == (eval_every or plain.trainer.eval_every)
+        assert config.data.name == ("synthetic" if debug == "fdr" else plain.data.name)
+    assert door.compose("train", TrainConfig, [*task.split(), "debug=null"]) == plain
+    assert door.compose("train", TrainConfig, [*task.split(), f"debug={debug}", "trainer.epochs=3"]).trainer.epochs == 3
 
 
 def test_the_command_line_lies_on_top_of_everything() -> None:

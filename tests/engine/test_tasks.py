@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nearfield import checkpoints
 from nearfield.engine import door, evaluation, fit, loop, tasks
 from nearfield.engine.config import EvalConfig, TaskConfig, TrainConfig, TrainerConfig
 from nearfield.engine.dense import sources
+from nearfield.engine.dense.scenes import write_scenes
 from nearfield.engine.dense.task import DenseTask
 from nearfield.engine.errors import CheckpointMismatchError, ConfigError, DataError
 from nearfield.engine.optim import create_scheduler
@@ -82,6 +84,20 @@ def test_a_run_is_evaluated_again_with_the_same_numbers(
     assert not (tmp_path / "runs" / "scenes").exists()
 
 
+@pytest.mark.parametrize("spelling", ["task.kwargs.score_threshold=0.1", "task.kwargs={score_threshold: 0.1}"])
+def test_an_argument_set_by_hand_lies_beside_those_of_the_run(
+    spelling: str, runs: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    overrides = [f"run={runs['detection']['run_dir']}", spelling, "+model.kwargs.mlp_ratio=3"]
+    config = evaluation.of_run(door.compose("eval", EvalConfig, overrides), door.touched(overrides))
+    trained = composed("task=detection").task.kwargs
+    assert config.task.kwargs == {**trained, "score_threshold": 0.1}
+    assert config.model.kwargs == {"mlp_ratio": 3}
+    whole = [*overrides, "task=detection"]
+    config = evaluation.of_run(door.compose("eval", EvalConfig, whole), door.touched(whole))
+    assert config.task.kwargs == {"score_threshold": 0.1}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compile=true on a CPU needs g++, which is not installed")
 @pytest.mark.parametrize("task", TASKS)
@@ -131,8 +147,6 @@ def test_only_whole_models_are_evaluated(overrides: list[str], words: str, runs:
 
 
 def test_a_run_is_not_measured_on_classes_of_other_names(runs: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    from nearfield.engine.dense.scenes import write_scenes
-
     folder = write_scenes(tmp_path, count_train=2, count_val=2)
     for split in ("train", "val"):
         path = folder / "annotations" / f"instances_{split}.json"
@@ -258,9 +272,10 @@ def test_a_pass_that_is_cut_short_counts_its_images_and_its_loss() -> None:
     [
         (["task=detection", "data=digits"], ConfigError, r"data\.name: 'digits' has no boxes"),
         (["task=segmentation", "data=digits"], ConfigError, r"data\.name: 'digits' has no class maps"),
-        (["task=detection", "data=coco"], DataError, r"data\.root is not set"),
+        (["task=detection", "data=coco", "model=nat_tiny"], DataError, r"data\.root is not set"),
+        (["task=detection", "data=coco", "data.root=/"], ConfigError, r"model\.name is not set: .*model=\w+_tiny"),
         (
-            ["task=segmentation", "data=ade20k", "data.root=/nowhere/ade"],
+            ["task=segmentation", "data=ade20k", "data.root=/nowhere/ade", "model=nat_tiny"],
             DataError,
             r"data\.root=/nowhere/ade: no such",
         ),
@@ -270,17 +285,48 @@ def test_a_pass_that_is_cut_short_counts_its_images_and_its_loss() -> None:
             r"data\.mean=\[0.5\]: not read .* task\.kwargs\.image_mean=",
         ),
         (["task=segmentation", "data.crop_pct=0.9"], ConfigError, r"data\.crop_pct=0.9: not read by task=segmentation"),
-        (["task=detection", "task.head=yolo"], ConfigError, r"head='yolo' must be one of mask_rcnn"),
-        (["task=segmentation", "task.head=unet"], ConfigError, r"head='unet' is unknown: use upernet or fpn"),
+        (
+            ["task=detection", "task.head=yolo"],
+            ConfigError,
+            r"^task\.head=yolo: no such head of task=detection; .*mask_rcnn",
+        ),
+        (["task=detection", "task.head=upernet"], ConfigError, r"^task\.head=upernet: .*; it has mask_rcnn, "),
+        (
+            ["task=segmentation", "task.head=uppernet"],
+            ConfigError,
+            r"^task\.head=uppernet: .*\(did you mean 'upernet'\?\)",
+        ),
+        (["task=detection", "task.kwargs.chanels=3"], ConfigError, r"^task\.kwargs\.chanels: .*mean 'channels'\?"),
+        (
+            ["task=segmentation", "task.kwargs.fpn_chanels=3"],
+            ConfigError,
+            r"^task\.kwargs\.fpn_chanels: .*'fpn_channels'\?",
+        ),
+        (
+            ["task=detection", "model=resnet18", "task.kwargs.xyzzy=3"],
+            ConfigError,
+            r"kwargs\.xyzzy: .*create_detector takes channels, ",
+        ),
+        (["task=detection", "model.kwargs.mlp_ration=3"], ConfigError, r"^model\.name=nat_nano_128: .*mlp_ratio"),
+        (["task=segmentation", "task.fit=[64]"], ConfigError, r"task\.fit=\[64\]: give two numbers"),
+        (["task=segmentation", "task.fit=[64,128]"], ConfigError, r"task\.fit=\[64, 128\]: .*\[longest, shortest\]"),
+        (["task=segmentation", "task.ratios=[]"], ConfigError, r"task\.ratios=\[\]: give one number or more"),
+        (
+            ["task=segmentation", "task.stride=8"],
+            ConfigError,
+            r"task\.stride=8: there are no windows without task\.crop",
+        ),
+        (["task=segmentation", "task.crop=64", "task.stride=65"], ConfigError, r"task\.stride=65: .*task\.crop=64"),
+        (["task=segmentation", "aug.kwargs.mean=[0.5]"], ConfigError, r"aug\.kwargs\.mean: .* use data\.mean"),
         (["task=detection", "aug.policy=mosaic"], ConfigError, r"aug\.policy=mosaic: no such policy"),
         (["task=detection", "aug.kwargs.scales=2"], ConfigError, r"policy jitter has no option 'scales'"),
         (["task=segmentation", "aug.kwargs.crop=-3"], ConfigError, r"aug\.kwargs: policy light"),
         (
             ["task=detection", "aug=imagenet"],
             ConfigError,
-            r"^aug\.color_jitter, .*: for classification alone; .*multi_scale",
+            r"^aug\.color_jitter=0\.4: not read by task=detection: aug=multi_scale",
         ),
-        (["task=segmentation", "aug.hflip=0"], ConfigError, r"^aug\.hflip: for classification alone; .* aug=ade20k"),
+        (["task=segmentation", "aug.hflip=0"], ConfigError, r"^aug\.hflip=0\.0: not read .*: aug=ade20k"),
         (
             ["task=detection", "model.in_chans=2"],
             ConfigError,
@@ -297,6 +343,32 @@ def test_mistakes_are_one_line(overrides: list[str], error: type[Exception], wor
         fit.train(composed(*overrides, *quick, f"paths.runs={tmp_path}"))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*/*/config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("key", "own"),
+    [
+        ("task.kwargs.num_classes=3", r"data\.num_classes"),
+        ("task.kwargs.in_chans=1", r"model\.in_chans"),
+        ("task.kwargs.out_norm=layer", r"task\.out_norm"),
+        ("task.kwargs.pretrained=true", r"model\.pretrained"),
+        ("task.kwargs.checkpoint_path=x", r"model\.checkpoint"),
+        ("task.kwargs.head=fcos", r"task\.head"),
+        ("task.kwargs.backbone=nat_tiny", r"model\.name"),
+        ("task.kwargs.min_size=64", r"task\.min_size"),
+        ("model.kwargs.num_classes=3", r"data\.num_classes"),
+        ("model.kwargs.in_chans=1", r"model\.in_chans"),
+        ("model.kwargs.drop_path_rate=0.1", r"model\.drop_path_rate"),
+        ("model.kwargs.checkpoint_path=x", r"model\.checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("task", ["classification", *TASKS])
+def test_an_argument_with_a_key_of_its_own_is_no_kwarg(task: str, key: str, own: str, tmp_path: Path) -> None:
+    if task == "classification" and key.startswith("task."):
+        return  # not read at all
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key.split('=')[0])}: .*use {own}"):
+        fit.train(composed(f"task={task}", key, f"paths.runs={tmp_path}"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -347,17 +419,31 @@ def test_what_is_evaluated_is_counted_on_the_screen(
 
 
 def test_categories_of_train_and_val_must_agree(tmp_path: Path) -> None:
-    from nearfield.engine.dense.scenes import write_scenes
-
     folder = write_scenes(tmp_path, count_train=2, count_val=2)
     val = folder / "annotations" / "instances_val.json"
     values = json.loads(val.read_text())
     values["categories"][3]["name"] = "drei"
     val.write_text(json.dumps(values))
+    more = ["model=nat_nano", f"data.root={folder}", "data.workers=0", f"paths.runs={tmp_path}"]
     with pytest.raises(DataError, match=r"categories of train and val differ .*drei"):
-        fit.train(
-            composed("task=detection", "data=coco", f"data.root={folder}", "data.workers=0", f"paths.runs={tmp_path}")
-        )
+        fit.train(composed("task=detection", "data=coco", *more))
+
+
+@pytest.mark.parametrize("crowd", [False, True])
+def test_a_set_without_objects_to_measure_on_is_said_once(
+    crowd: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_scenes(tmp_path, count_train=2, count_val=2)
+    config = composed("task=detection", "data=scenes", "data.batch_size=2", f"paths.runs={tmp_path}")
+    config.data.name, config.data.root = "coco", str(folder)
+    tasks.prepare(config, CPU)
+    assert "no object" not in caplog.text
+    val = folder / "annotations" / "instances_val.json"
+    values = json.loads(val.read_text())
+    values["annotations"] = [{**one, "iscrowd": 1} for one in values["annotations"][:1]] if crowd else []
+    val.write_text(json.dumps(values))
+    tasks.prepare(config, CPU)
+    assert caplog.text.count("no object to find in its 2 images: there will be no box_ap") == 1
 
 
 def test_images_of_different_sizes_make_no_batch_of_maps(tmp_path: Path) -> None:
@@ -369,7 +455,7 @@ def test_images_of_different_sizes_make_no_batch_of_maps(tmp_path: Path) -> None
             Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / "masks" / split / f"{i}.png")
     overrides = ["task=segmentation", "data=masks", f"data.root={tmp_path}", "data.num_classes=2", "data.workers=0"]
     with pytest.raises(ConfigError, match=r"images of 40x40 and 48x48 make no batch: aug\.policy=random_crop"):
-        fit.train(composed(*overrides, "aug=none", f"paths.runs={tmp_path / 'runs'}"))
+        fit.train(composed(*overrides, "model=nat_nano", "aug=none", f"paths.runs={tmp_path / 'runs'}"))
 
 
 @pytest.mark.parametrize("task", TASKS)

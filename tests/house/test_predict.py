@@ -353,6 +353,7 @@ def test_mistakes_are_one_line(
     assert "both given" in fails(picture, "--checkpoint", weights, "--pretrained")
     assert "is of nat_nano" in fails(picture, "--checkpoint", detector[1], "--model", "swin_nano")
     assert "is of mask_rcnn" in fails(picture, "--checkpoint", detector[1], "--head", "fcos")
+    assert "has 4 classes" in fails(picture, "--checkpoint", detector[1], "--num-classes", 5)
     assert "no best.safetensors" in fails(picture, "--checkpoint", detector[1], "--weights", "best")
     assert "say --num-classes" in fails(picture, "--checkpoint", weights, "--task", "detection")
     assert "no upernet" in fails(picture, "--checkpoint", weights, "--head", "upernet", "--num-classes", 4)
