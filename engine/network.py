@@ -14,6 +14,7 @@ from torch import nn
 from .. import create_detector, create_model, create_segmentor, list_models
 from ..checkpoints.errors import CheckpointError
 from ..models.dense.detection import HEADS as DETECTORS
+from ..models.dense.options import NAMES as OF_HEADS
 from ..models.dense.segmentation import HEADS as SEGMENTORS
 from .config import ModelConfig, TaskConfig
 from .errors import CheckpointMismatchError, ConfigError, listing, nearest
@@ -167,6 +168,7 @@ def _unknown_option(error: TypeError, task: TaskConfig, create: Callable[..., An
         return None
     parameters = inspect.signature(create).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in OWN_KEY_DENSE]
+    names += sorted(OF_HEADS) if create is create_detector else []
     close = nearest(wrong, names, count=1) or f"; {create.__name__} takes {listing(names, limit=30)}"
     return ConfigError(f"task.kwargs.{wrong}: neither {create.__name__} nor {name} takes it{close}")
 
