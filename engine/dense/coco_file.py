@@ -50,6 +50,7 @@ class Objects:
         boxes: (N, 4) xywh float64, in pixels, as the file has them.
         areas: (N,) float64, in square pixels, as the file has them.
         crowd: (N,) bool, regions of many objects.
+        empty: (N,) bool, whose mask has no pixel; all False if masks were not read.
         masks: the segmentations, packed; None if they were not read.
     """
 
@@ -59,6 +60,7 @@ class Objects:
     boxes: NDArray[np.float64]
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
+    empty: NDArray[np.bool_]
     masks: Packed | None
 
     def where(self, rows: NDArray[Any]) -> Objects:
@@ -70,6 +72,7 @@ class Objects:
             self.boxes[rows],
             self.areas[rows],
             self.crowd[rows],
+            self.empty[rows],
             self.masks.where(rows) if self.masks else None,
         )
 
@@ -296,9 +299,19 @@ class _Reader:
             found,
             self.areas(areas, found, names),
             np.array([self.crowd(entry, name) for entry, name in zip(kept, names, strict=True)], bool),
+            np.zeros(len(kept), bool),
             Packed(packed) if masks else None,
         )
-        return objects.where(self.order(objects, sizes, names))
+        ordered = self.order(objects, sizes, names)
+        if masks:
+            drawn_on = sizes[objects.images[ordered]]
+            objects.empty[ordered] = instance_masks.empty([packed[row] for row in ordered], drawn_on)
+            self.several("masks without a pixel, not trained on", objects.empty, names)
+        return objects.where(ordered)
+
+    def several(self, what: str, which: NDArray[np.bool_], names: list[str]) -> None:
+        if which.any():
+            self.findings.note(what, names[int(which.argmax())], int(which.sum()))
 
     def crowd(self, entry: Mapping[str, Any], name: str) -> bool:
         value = entry.get("iscrowd") or 0
@@ -353,13 +366,9 @@ class _Reader:
         outside = ~flat & ((clipped[:, 2] <= clipped[:, 0]) | (clipped[:, 3] <= clipped[:, 1]))
         beyond = np.maximum.reduce([-x, -y, x + width - canvas[:, 1], y + height - canvas[:, 0], np.zeros_like(x)])
         cut = ~flat & ~outside & (beyond > _TOLERANCE)
-        for what, which in (
-            ("boxes without an area, left out", flat),
-            ("boxes outside the image, left out", outside),
-            ("boxes reaching past the image, clipped", cut),
-        ):
-            if which.any():
-                self.findings.note(what, names[int(np.flatnonzero(which)[0])], int(which.sum()))
+        self.several("boxes without an area, left out", flat, names)
+        self.several("boxes outside the image, left out", outside, names)
+        self.several("boxes reaching past the image, clipped", cut, names)
         twice = [identity for identity, count in Counter(map(str, objects.ids)).items() if count > 1]
         if twice and twice != ["None"]:
             self.findings.note("annotation ids that occur more than once, kept", twice[0], len(twice))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nearfield.engine.dense import scenes
+from nearfield.engine.dense import instance_masks, scenes
 from nearfield.engine.dense.coco import CocoSet, collate
 from nearfield.engine.errors import DataError
 from PIL import Image
@@ -194,8 +194,6 @@ def test_the_ground_truth_says_what_the_file_says(made: Made) -> None:
 
 def test_masks_are_drawn_only_when_they_are_wanted(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    from nearfield.engine.dense import instance_masks
-
     draw = instance_masks.draw
     monkeypatch.setattr(instance_masks, "draw", lambda *a: drawn.append(1) or draw(*a))
     data = CocoSet(*made(), masks=True)
@@ -291,6 +289,64 @@ def test_a_clean_file_warns_of_nothing(made: Made, caplog: pytest.LogCaptureFixt
     (record,) = caplog.records
     assert record.levelname == "INFO"
     assert record.getMessage().endswith("3 images, 1 images without objects, 3 objects, 1 crowd regions")
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[5, 5, 5, 5, 5, 5]],
+        [[5, 5, 30, 5, 55, 5], [61, 5, 70, 5, 70, 15]],
+        [[61, 5, 70, 5, 70, 15]],
+        [[5, 5.1, 55, 5.1, 55, 5.3, 5, 5.3]],
+        {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]},
+        {"size": [HEIGHT, WIDTH], "counts": [60, 0, HEIGHT * WIDTH - 60]},
+        {"size": [HEIGHT, WIDTH], "counts": "P[2"},
+    ],
+    ids=["point", "parts", "outside", "sliver", "counts", "counts of nothing", "string"],
+)
+def test_masks_without_a_pixel_are_counted_and_not_trained_on(
+    made: Made, caplog: pytest.LogCaptureFixture, segmentation: Any
+) -> None:
+    what = "masks without a pixel, not trained on"
+    folder, path = made(put(segmentation=segmentation))
+    with caplog.at_level(logging.WARNING, "nearfield.engine"):
+        train = CocoSet(folder, path, masks=True, training=True)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"1 {what} (first: annotation 55)")
+    assert (train.report[what], train.report["objects"]) == (1, 2)
+    assert train[0][1]["labels"].tolist() == [2]
+    val = CocoSet(folder, path, masks=True)
+    assert (val.report[what], val.report["objects"]) == (1, 3)
+    assert not val[0][1]["masks"][0].any()
+    assert what not in CocoSet(folder, path, training=True).report
+
+
+def test_nothing_but_masks_without_a_pixel_is_nothing_to_train_on(made: Made) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for entry in content["annotations"]:
+            entry["segmentation"] = [[5, 5, 5, 5, 5, 5]]
+
+    with pytest.raises(DataError, match=r"no object in it that can be used \(4 masks without a pixel"):
+        CocoSet(*made(change), masks=True, training=True)
+
+
+def test_whether_a_mask_has_a_pixel_is_known_without_drawing_most_of_them() -> None:
+    rng = np.random.default_rng(0)
+    packed, sizes = [], []
+    for case in range(600):
+        size = (int(rng.integers(1, 50)), int(rng.integers(1, 50)))
+        centre, spread = rng.uniform(-20, 70, 2), rng.choice([0.2, 1, 4, 30], 2)
+        rings = [(centre + rng.uniform(-spread, spread, (4, 2))).flatten().tolist() for _ in range(1 + case % 2)]
+        segmentation: Any = rings
+        if case % 5 == 4:
+            segmentation = {"size": list(size), "counts": run_lengths((rng.random(size) < 0.01).astype(np.uint8))}
+        one = instance_masks.pack(segmentation, size)
+        assert one is not None
+        packed.append(one[0])
+        sizes.append(size)
+    expected = [not instance_masks.draw(one, size).any() for one, size in zip(packed, sizes, strict=True)]
+    assert 100 < sum(expected) < 500
+    assert instance_masks.empty(packed, np.array(sizes)).tolist() == expected
 
 
 def test_an_area_that_is_missing_is_that_of_the_mask_or_the_box(made: Made) -> None:
