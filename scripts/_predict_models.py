@@ -79,13 +79,14 @@ def _run_folder(given: str | None) -> Path | None:
 def _of_run(options: argparse.Namespace, folder: Path) -> Loaded:
     config = evaluation.of_run(EvalConfig(checkpoint=options.checkpoint, weights=options.weights), [])
     task, model_config = config.task, config.model
-    own = {"model": model_config.name, "task": task.name, "head": task.head or DEFAULT_HEAD.get(task.name, "no head")}
-    for flag, value in own.items():
-        given = getattr(options, flag)
-        if given and given != value:
-            raise ValueError(f"--{flag} {given}: the run in {folder} is of {value}: leave --{flag} out")
+    head = task.head or DEFAULT_HEAD.get(task.name, "no head")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     channels, classes = int(meta["in_chans"]), int(meta["num_classes"])
+    own = {"model": model_config.name, "task": task.name, "head": head, "num-classes": classes}
+    for flag, value in own.items():
+        given = getattr(options, flag.replace("-", "_"))
+        if given and given != value:
+            raise ValueError(f"--{flag} {given}: the run in {folder} is of {value}: leave --{flag} out")
     names = names_of_classes(options.names, classes) or meta.get("class_names")
     source = str(model_config.checkpoint)
     if task.name == CLASSIFICATION:
