@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -202,8 +203,9 @@ class _Reader:
         return entries
 
     def identity(self, entry: Mapping[str, Any], where: str) -> int:
-        value = entry.get("id")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        value: Any = entry.get("id")
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not whole:
             self.fail(f"{where} has the id {value!r}: ids are whole numbers")
         return int(value)
 
@@ -233,7 +235,7 @@ class _Reader:
 
     def size(self, entry: Mapping[str, Any]) -> tuple[int, int]:
         height, width = entry.get("height"), entry.get("width")
-        if isinstance(height, (int, float)) and isinstance(width, (int, float)) and height >= 1 and width >= 1:
+        if _is_side(height) and _is_side(width):
             return int(height), int(width)
         self.findings.note("images without a size, measured", f"image {int(entry['id'])}")
         return image_size(self.folder / entry["file_name"])
@@ -270,26 +272,22 @@ class _Reader:
                 known = listing(category_ids, limit=6)
                 self.fail(f"{name} has the category_id {entry['category_id']!r}, which is none of {known}")
             box, drawn = entry.get("bbox"), b""
-            area = entry.get("area")
-            if masks or not box or area is None:
+            if masks or not box or not _has_area(entry):
                 drawn = self.mask(entry, name, shapes[row])
             if not box and drawn:
                 self.findings.note("annotations without a bbox, given the one around their mask", name)
-                box = instance_masks.bounds(drawn, shapes[row])
+                box = self.measured(instance_masks.bounds, drawn, shapes[row], name)
             if not box:
                 self.fail(f"{name} has no bbox")
             if masks and not drawn:
                 self.findings.note("annotations without a mask, left out", name)
                 continue
-            if area is None:
-                self.findings.note("annotations without an area, measured", name)
-                area = instance_masks.area(drawn, shapes[row]) if drawn else None
             kept.append(entry)
             names.append(name)
             images.append(row)
             labels.append(label)
             boxes.append(box)
-            areas.append(area)
+            areas.append(self.area(entry, name, drawn, shapes[row]))
             packed.append(drawn)
         found = self.numbers(boxes, names)
         objects = Objects(
@@ -308,6 +306,23 @@ class _Reader:
             objects.empty[ordered] = instance_masks.empty([packed[row] for row in ordered], drawn_on)
             self.several("masks without a pixel, not trained on", objects.empty, names)
         return objects.where(ordered)
+
+    def area(self, entry: Mapping[str, Any], name: str, drawn: bytes, size: tuple[int, int]) -> Any:
+        """As the file has it, or that of the mask; None if there is no mask either."""
+        if _has_area(entry):
+            return entry["area"]
+        missing = entry.get("area") is None
+        what = "annotations without an area" if missing else "areas that are negative or not finite"
+        self.findings.note(f"{what}, measured", name)
+        return self.measured(instance_masks.area, drawn, size, name) if drawn else None
+
+    def measured(
+        self, measure: Callable[[bytes, tuple[int, int]], Any], drawn: bytes, size: tuple[int, int], name: str
+    ) -> Any:
+        try:
+            return measure(drawn, size)
+        except (ValueError, RuntimeError) as error:
+            raise DataError(f"{self.path}: {name}: broken mask ({error})") from error
 
     def several(self, what: str, which: NDArray[np.bool_], names: list[str]) -> None:
         if which.any():
@@ -336,7 +351,7 @@ class _Reader:
     def numbers(self, boxes: list[Any], names: list[str]) -> NDArray[np.float64]:
         try:
             found = np.array(boxes, np.float64).reshape(len(boxes), -1)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             found = np.empty((0, 0))
         if found.shape != (len(boxes), 4) or not np.isfinite(found).all():
             for box, name in zip(boxes, names, strict=True):
@@ -397,9 +412,20 @@ def _looked_up(table: Mapping[int, int], key: Any) -> int | None:
         return None
 
 
+def _is_side(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 1 <= value < 2**31
+
+
+def _has_area(entry: Mapping[str, Any]) -> bool:
+    area = entry.get("area")
+    if isinstance(area, (int, float)):
+        return 0 <= area <= sys.float_info.max
+    return area is not None  # what is no number is refused where all of them are read
+
+
 def _is_box(box: Any) -> bool:
     try:
         values = np.array(box, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return values.shape == (4,) and bool(np.isfinite(values).all())

@@ -38,7 +38,7 @@ def pack(segmentation: Any, size: tuple[int, int]) -> tuple[bytes, int] | None:
     for polygon in segmentation:
         try:
             ring = array("d", polygon)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(f"a polygon is a list of numbers, not {_shown(polygon)}") from error
         if len(ring) % 2:
             raise ValueError(f"a polygon of {len(ring)} numbers: x and y come in pairs")
@@ -148,16 +148,18 @@ def _runs(packed: bytes, size: tuple[int, int]) -> dict[str, Any]:
 def _pack_runs(segmentation: Mapping[str, Any], size: tuple[int, int]) -> bytes:
     if "counts" not in segmentation or "size" not in segmentation:
         raise ValueError("run lengths have a size and counts")
-    if list(segmentation["size"]) != list(size):
-        raise ValueError(f"its mask is {segmentation['size']} (height, width), but the image is {list(size)}")
-    counts = segmentation["counts"]
-    if isinstance(counts, (str, bytes)):
-        return counts.encode("ascii") if isinstance(counts, str) else counts
+    stored, counts = segmentation["size"], segmentation["counts"]
+    if not isinstance(stored, Sequence) or list(stored) != list(size):
+        raise ValueError(f"its mask is {_shown(stored)} (height, width), but the image is {list(size)}")
     try:
+        if isinstance(counts, (str, bytes)):
+            return counts.encode("ascii") if isinstance(counts, str) else counts
         runs = [int(run) for run in counts]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError("the counts of run lengths are a list of whole numbers or a string") from error
-    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+    if min(runs, default=0) < 0:
+        raise ValueError(f"one of its run lengths is negative: {min(runs)}")
+    if sum(runs) != size[0] * size[1]:
         raise ValueError(f"its run lengths cover {sum(runs)} pixels, but the image has {size[0] * size[1]}")
     from faster_coco_eval.core.mask import frPyObjects
 
