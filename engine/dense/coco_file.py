@@ -203,11 +203,12 @@ class _Reader:
         return entries
 
     def identity(self, entry: Mapping[str, Any], where: str) -> int:
-        value: Any = entry.get("id")
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not whole:
+        value = entry.get("id")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
             self.fail(f"{where} has the id {value!r}: ids are whole numbers")
-        return int(value)
+        return value
 
     def present(
         self, entries: list[dict[str, Any]], *, skip_missing: bool
