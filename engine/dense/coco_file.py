@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -413,7 +413,7 @@ def _looked_up(table: Mapping[int, int], key: Any) -> int | None:
         return None
 
 
-def _is_side(value: Any) -> bool:
+def _is_side(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and 1 <= value < 2**31
 
 

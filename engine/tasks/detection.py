@@ -103,7 +103,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)
         name, options = policy_of(config)
-        source.train.transform = detection_policy(name, **options)
+        source.train.transform = detection_policy(name, options)
         train = batches(chosen, source.train, device, collate=lists, training=True)
         if chosen.overfit_batches:
             return Prepared(task, source, how, model, train, train)

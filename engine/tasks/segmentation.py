@@ -135,7 +135,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)
         name, options = policy_of(config)
-        source.train.transform = segmentation_policy(name, mean=mean, std=std, **options)
+        source.train.transform = segmentation_policy(name, options, mean=mean, std=std)
         train = batches(chosen, source.train, device, collate=stacks, training=True)
     if measured is not source.train:
         measured.transform = segmentation_policy("none", mean=mean, std=std)
