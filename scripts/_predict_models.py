@@ -15,13 +15,16 @@ from _classify import names_of_classes, preparation
 from nearfield import checkpoints
 from nearfield.engine import data, evaluation, network, runs
 from nearfield.engine.config import EvalConfig, ModelConfig, TaskConfig
+from nearfield.engine.dense.crops import ADE20K_SCALE
+from nearfield.engine.tasks import detection, segmentation
+from nearfield.models.dense.detection import HEADS as DETECTORS
+from nearfield.models.dense.segmentation import HEADS as SEGMENTORS
 from torch import nn
 
 CLASSIFICATION, DETECTION, SEGMENTATION = TASKS = ("classification", "detection", "segmentation")
-SEGMENTATION_HEADS = ("upernet", "fpn")
-DEFAULT_HEAD = {DETECTION: "mask_rcnn", SEGMENTATION: "upernet"}
+HEADS = {DETECTION: DETECTORS, SEGMENTATION: SEGMENTORS}
+DEFAULT_HEAD = {DETECTION: detection.HEAD, SEGMENTATION: segmentation.HEAD}
 IMAGENET = 1000  # classes
-ADE20K = [2048, 512]  # pixels: (longest, shortest) side that pictures are fitted into, as the published segmentors are
 
 
 @dataclass
@@ -113,14 +116,14 @@ def _of_file(options: argparse.Namespace) -> Loaded:
     if not classes:
         raise ValueError(f"--task {task} with a file that is in no run folder: say --num-classes N or --names FILE")
     # evaluated as the published ones are
-    wanted = TaskConfig(name=task, head=options.head, fit=ADE20K)
+    wanted = TaskConfig(name=task, head=options.head, fit=list(ADE20K_SCALE))
     return _dense(options, ModelConfig(name=name), wanted, classes, options.checkpoint, names, 3)
 
 
 def _task_of(head: str | None) -> str:
     if head is None:
         return CLASSIFICATION
-    return SEGMENTATION if head in SEGMENTATION_HEADS else DETECTION
+    return next(task for task, heads in HEADS.items() if head in heads)
 
 
 def _named(checkpoint: str | None) -> str:

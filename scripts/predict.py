@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from _classify import TOP
 from _predict_inputs import RESULTS, gather
-from _predict_models import SEGMENTATION_HEADS, TASKS, load
+from _predict_models import HEADS, TASKS, load
 from _predict_tasks import PICTURE, Prediction, Predictor, predictor
 from nearfield.engine import hardware
 from nearfield.engine.config import HardwareConfig
@@ -37,7 +37,6 @@ from nearfield.engine.dense.drawing import write_picture
 from nearfield.engine.errors import INTERRUPTED, DataError, UserError
 from torch import Tensor
 
-HEADS = ("mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "cascade_rcnn", "retinanet", "fcos", *SEGMENTATION_HEADS)
 LONGEST = 200  # bytes of a picture's name that its results take over: most systems have 255 for all of a name
 # what keeps any picture from being written; other errors are those of one picture
 FOLDERS_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.ENOENT, errno.ENOTDIR)
@@ -239,7 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--pretrained", action="store_true", help="the published classifier of that name")
     add("--weights", choices=("last", "best"), default="last", help="of a run folder (default last)")
     add("--task", choices=TASKS, help="default that of the run, or of --head, or classification")
-    add("--head", choices=HEADS, metavar="HEAD", help=f"of a detector or segmentor: {', '.join(HEADS)}")
+    heads = [head for of_task in HEADS.values() for head in of_task]
+    add("--head", choices=heads, metavar="HEAD", help=f"of a detector or segmentor: {', '.join(heads)}")
     add("--num-classes", type=_count, metavar="N", help="of a file that is in no run folder")
     add(
         "--names", type=Path, metavar="FILE", help="names of the classes, one a line (default the run's, or ImageNet's)"

@@ -14,7 +14,7 @@ from .. import data, network
 from ..config import EvalConfig, TaskConfig, TrainConfig
 from ..dense.batches import batches, check_augmentation, check_preparation, lists, policy_of
 from ..dense.coco import CocoSet
-from ..dense.coco_metrics import NAMES, PREFIX, CocoMetrics
+from ..dense.coco_metrics import NAMES, PREFIX, CocoMetrics, GroundTruth
 from ..dense.drawing import write_detections
 from ..dense.sources import detection_source
 from ..dense.task import DenseTask
@@ -38,8 +38,7 @@ class Detection(DenseTask):
 
     def __init__(self, config: TaskConfig, measured: CocoSet, *, masks: bool) -> None:
         super().__init__(config, measured)
-        self.masks = masks
-        self.truth = measured.ground_truth()
+        self.truth = GroundTruth(measured.ground_truth(), ("bbox", "segm") if masks else ("bbox",))
 
     def loss(self, forward: Forward, inputs: list[Tensor], targets: list[dict[str, Any]]) -> Tensor:
         """The sum of the detector's losses: images (C, H, W) in [0, 1], targets as the detector takes them."""
@@ -53,8 +52,7 @@ class Detection(DenseTask):
 
     def metrics(self) -> CocoMetrics:
         """COCO's numbers over the images that are added."""
-        kinds = ("bbox", "segm") if self.masks else ("bbox",)
-        return CocoMetrics(self.truth, kinds, category_ids=self.measured.category_ids)
+        return CocoMetrics(self.truth, category_ids=self.measured.category_ids)
 
     def draw(self, path: Path, images: Sequence[Any], outputs: Sequence[Any], targets: Sequence[Any]) -> None:
         """The truth on the left, what the model finds on the right."""

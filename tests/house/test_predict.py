@@ -383,6 +383,15 @@ def test_broken_weights_are_said(run: Run, classifier: tuple[Any, Path], photos:
     assert "not finite" in said["err"]
 
 
+def test_every_head_that_can_be_trained_can_be_asked_for(script: ModuleType) -> None:
+    from nearfield.models.dense import detection, segmentation
+
+    for task, heads in (("detection", detection.HEADS), ("segmentation", segmentation.HEADS)):
+        for head in heads:
+            assert script._parser().parse_args(["a.png", "--head", head]).head == head
+            assert sys.modules["_predict_models"]._task_of(head) == task
+
+
 def test_mistakes_are_one_line(
     script: ModuleType,
     capsys: pytest.CaptureFixture[str],
