@@ -16,11 +16,12 @@ from nearfield import checkpoints
 from nearfield.engine import data, evaluation, network, runs
 from nearfield.engine.config import EvalConfig, ModelConfig, TaskConfig
 from nearfield.engine.dense.crops import ADE20K_SCALE
+from nearfield.engine.network import HEADS
+from nearfield.engine.tasks import detection, segmentation
 from torch import nn
 
 CLASSIFICATION, DETECTION, SEGMENTATION = TASKS = ("classification", "detection", "segmentation")
-SEGMENTATION_HEADS = ("upernet", "fpn")
-DEFAULT_HEAD = {DETECTION: "mask_rcnn", SEGMENTATION: "upernet"}
+DEFAULT_HEAD = {DETECTION: detection.HEAD, SEGMENTATION: segmentation.HEAD}
 IMAGENET = 1000  # classes
 
 
@@ -79,17 +80,14 @@ def _run_folder(given: str | None) -> Path | None:
 def _of_run(options: argparse.Namespace, folder: Path) -> Loaded:
     config = evaluation.of_run(EvalConfig(checkpoint=options.checkpoint, weights=options.weights), [])
     task, model_config = config.task, config.model
-    own = {"model": model_config.name, "task": task.name, "head": task.head or DEFAULT_HEAD.get(task.name, "no head")}
-    for flag, value in own.items():
-        given = getattr(options, flag)
-        if given and given != value:
-            raise ValueError(f"--{flag} {given}: the run in {folder} is of {value}: leave --{flag} out")
+    head = task.head or DEFAULT_HEAD.get(task.name, "no head")
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     channels, classes = int(meta["in_chans"]), int(meta["num_classes"])
-    if options.num_classes not in (None, classes):
-        raise ValueError(
-            f"--num-classes {options.num_classes}: the run in {folder} has {classes} classes: leave --num-classes out"
-        )
+    own = {"model": model_config.name, "task": task.name, "head": head, "num-classes": classes}
+    for flag, value in own.items():
+        given = getattr(options, flag.replace("-", "_"))
+        if given and given != value:
+            raise ValueError(f"--{flag} {given}: the run in {folder} is of {value}: leave --{flag} out")
     names = names_of_classes(options.names, classes) or meta.get("class_names")
     source = str(model_config.checkpoint)
     if task.name == CLASSIFICATION:
@@ -123,7 +121,7 @@ def _of_file(options: argparse.Namespace) -> Loaded:
 def _task_of(head: str | None) -> str:
     if head is None:
         return CLASSIFICATION
-    return SEGMENTATION if head in SEGMENTATION_HEADS else DETECTION
+    return next(task for task, heads in HEADS.items() if head in heads)
 
 
 def _named(checkpoint: str | None) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import normalize, to_dtype, to_pil_image
 
-PICTURE = "predicted"  # the suffix of the annotated picture
+SUFFIXES = PICTURE, CLASS_MAP = ("predicted", "classes")  # of the pictures' names: the annotated one, class numbers
 
 
 @dataclass
@@ -130,7 +130,7 @@ class _Segmentor:
         whole.paste(legend, (0, picture.height))
         stored = Image.fromarray(labels.numpy().astype(np.uint8 if len(self.names) <= 256 else np.uint16))
         lines = [f"{entry['share']:7.2%}  {entry['name']}" for entry in classes]
-        return Prediction({"classes": classes}, lines, {PICTURE: whole, "classes": stored})
+        return Prediction({"classes": classes}, lines, {PICTURE: whole, CLASS_MAP: stored})
 
 
 def _check_finite(values: Tensor) -> None:

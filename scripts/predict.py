@@ -5,14 +5,16 @@
     python scripts/predict.py "photos/*.png" --model nat_tiny --head upernet --checkpoint FILE --names classes.txt
     python scripts/predict.py cat.jpg dog.jpg --model swin_tiny --checkpoint swin_tiny_patch4_window7_224.pth --topk 3
 
-PICTURE is a file, a folder or a pattern. A picture that cannot be read is one line on stderr, and the rest is done. In
---output: results.json, NAME.predicted.png for every picture, for segmentation also NAME.classes.png (the class of each
-pixel). The last line printed is one of JSON. Exit code 1 if no picture worked, 2 for what cannot be done at all.
+PICTURE is a file, a folder or a pattern; of the last two, what this command wrote is left out, counted. A picture that
+cannot be read, or its results not written, is one line on stderr, and the rest is done. In --output: results.json,
+NAME.predicted.png for every picture, for segmentation also NAME.classes.png (the class of each pixel). The last line
+printed is one of JSON. Exit code 1 if no picture worked, 2 for what cannot be done at all.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -25,8 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from _classify import TOP
-from _predict_inputs import gather
-from _predict_models import SEGMENTATION_HEADS, TASKS, load
+from _predict_inputs import RESULTS, gather
+from _predict_models import HEADS, TASKS, load
 from _predict_tasks import PICTURE, Prediction, Predictor, predictor
 from nearfield.engine import hardware
 from nearfield.engine.config import HardwareConfig
@@ -35,7 +37,9 @@ from nearfield.engine.dense.drawing import write_picture
 from nearfield.engine.errors import INTERRUPTED, DataError, UserError
 from torch import Tensor
 
-HEADS = ("mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "cascade_rcnn", "retinanet", "fcos", *SEGMENTATION_HEADS)
+LONGEST = 200  # bytes of a picture's name that its results take over: most systems have 255 for all of a name
+# what keeps any picture from being written; other errors are those of one picture
+FOLDERS_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.ENOENT, errno.ENOTDIR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,14 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     interrupted = False
     try:
-        run.all()
-    except KeyboardInterrupt:
-        interrupted = True
-        print("predict: interrupted: what was done is kept", file=sys.stderr)
+        try:
+            run.all()
+        except KeyboardInterrupt:
+            interrupted = True
+            print("predict: interrupted: what was done is kept", file=sys.stderr)
+        summary = run.write()
     except OSError as error:
-        print(f"predict: {run.output}: cannot write there: {_line(error)}", file=sys.stderr)
+        print(f"predict: {run.output}: cannot write there: {error.strerror or _line(error)}", file=sys.stderr)
         return 2
-    print(json.dumps(run.write()))
+    print(json.dumps(summary))
     return INTERRUPTED if interrupted else 0 if run.records else 1
 
 
@@ -64,7 +70,8 @@ class _Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.paths, wrong = gather(options.pictures)
+        self.output: Path = options.output
+        self.paths, wrong, self.left_out = gather(options.pictures, self.output)
         try:
             device = hardware.setup(HardwareConfig(device=options.device))
         except UserError as error:
@@ -73,12 +80,13 @@ class _Run:
         if self.loaded.channels not in MODES:
             raise ValueError(f"{self.loaded.name} takes {self.loaded.channels} channels: pictures have 1, 3 or 4")
         self.predict: Predictor = predictor(self.loaded, device, threshold=options.threshold, topk=options.topk)
-        self.output: Path = options.output
         self.output.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
         self.masks: list[list[dict[str, Any]]] = []
         self.errors: list[dict[str, str]] = []
         self.stems: set[str] = set()
+        if self.left_out:
+            print(f"predict: {self.left_out} pictures left out, which are results of this command", file=sys.stderr)
         for argument, message in wrong.items():
             self._failed(argument, message)
 
@@ -120,37 +128,46 @@ class _Run:
 
     def _done(self, path: Path, prediction: Prediction) -> None:
         stem = self._stem(path)
-        files = {
-            suffix: str(write_picture(self.output / f"{stem}.{suffix}.png", picture))
-            for suffix, picture in prediction.pictures.items()
-        }
+        try:
+            files = {
+                suffix: str(write_picture(self.output / f"{stem}.{suffix}.png", picture))
+                for suffix, picture in prediction.pictures.items()
+            }
+        except OSError as error:
+            if error.errno in FOLDERS_FAULT:
+                raise
+            self._failed(str(path), f"{path}: cannot write its results: {error.strerror or _line(error)}")
+            return
         names = {"picture" if suffix == PICTURE else suffix + "_map": file for suffix, file in files.items()}
         self.records.append({"file": str(path), **prediction.record, **names})
         self.masks.append(prediction.masks)
-        print(f"{path}\n" + "\n".join(f"  {line}" for line in prediction.lines), flush=True)
+        print(f"{_shown(path)}\n" + "\n".join(f"  {line}" for line in prediction.lines), flush=True)
 
     def _failed(self, file: str, message: str) -> None:
         self.errors.append({"file": file, "error": message})
         print(f"predict: {message}", file=sys.stderr, flush=True)
 
     def _stem(self, path: Path) -> str:
-        """The start of the names of a picture's files: its own, numbered where two folders have the same."""
-        stem, number = path.stem, 1
+        """The start of the names of a picture's files: its own, cut if it is too long, numbered where two are alike."""
+        name = os.fsencode(path.stem)
+        own = path.stem if len(name) <= LONGEST else name[:LONGEST].decode("utf-8", "ignore")
+        stem, number = own, 1
         while stem in self.stems:
             number += 1
-            stem = f"{path.stem}-{number}"
+            stem = f"{own}-{number}"
         self.stems.add(stem)
         return stem
 
     def write(self) -> dict[str, Any]:
         """Write results.json, which has the masks too, and give what is printed."""
-        results = self.output / "results.json"
+        results = self.output / RESULTS
         summary = {
             "task": self.loaded.task,
             "model": self.loaded.name,
             "checkpoint": self.loaded.checkpoint,
             "images": len(self.records),
             "failed": len(self.errors),
+            "left_out": self.left_out,
             "errors": self.errors,
             "output": str(self.output),
             "results": str(results),
@@ -161,10 +178,15 @@ class _Run:
             else record
             for record, masks in zip(self.records, self.masks, strict=True)
         ]
-        part = results.with_name(".results.json.part")
+        part = results.with_name(f".{RESULTS}.part")
         part.write_text(json.dumps({**summary, "predictions": rows}, indent=1) + "\n", encoding="utf-8")
         part.replace(results)
         return {**summary, "predictions": self.records}
+
+
+def _shown(path: Path) -> str:
+    """The path for a terminal: names need not be text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _line(error: BaseException) -> str:
@@ -216,7 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--pretrained", action="store_true", help="the published classifier of that name")
     add("--weights", choices=("last", "best"), default="last", help="of a run folder (default last)")
     add("--task", choices=TASKS, help="default that of the run, or of --head, or classification")
-    add("--head", choices=HEADS, metavar="HEAD", help=f"of a detector or segmentor: {', '.join(HEADS)}")
+    heads = [head for of_task in HEADS.values() for head in of_task]
+    add("--head", choices=heads, metavar="HEAD", help=f"of a detector or segmentor: {', '.join(heads)}")
     add("--num-classes", type=_count, metavar="N", help="of a file that is in no run folder")
     add(
         "--names", type=Path, metavar="FILE", help="names of the classes, one a line (default the run's, or ImageNet's)"

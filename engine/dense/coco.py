@@ -37,7 +37,8 @@ class CocoSet(torch.utils.data.Dataset):
     Args:
         images: the folder of the images.
         annotations: the json file.
-        training: crowd regions are left out, and a set without any object is refused.
+        training: crowd regions and objects whose mask has no pixel are left out, and a set without any object is
+            refused.
         masks: read segmentations too. Objects without one are left out then, and counted.
         keep_empty: images without objects stay in the set. mmdet and detectron2 train without them.
         skip_missing: leave images out whose file is missing, counted, instead of refusing the set.
@@ -70,7 +71,8 @@ class CocoSet(torch.utils.data.Dataset):
         file = read_coco(self.path, self.folder, masks=masks, skip_missing=skip_missing)
         self.category_ids, self.class_names = file.category_ids, file.class_names
         crowd = int(file.objects.crowd.sum())
-        self._objects = file.objects.where(np.flatnonzero(~file.objects.crowd)) if training else file.objects
+        usable = ~(file.objects.crowd | file.objects.empty)
+        self._objects = file.objects.where(np.flatnonzero(usable)) if training else file.objects
         counts = np.bincount(self._objects.images, minlength=len(file.image_ids))
         wanted = np.arange(len(counts)) if keep_empty else np.flatnonzero(counts)
         stops = np.cumsum(counts)
@@ -82,7 +84,7 @@ class CocoSet(torch.utils.data.Dataset):
         self.report = {
             "images": len(wanted),
             "images without objects" + ("" if keep_empty else ", left out"): empty,
-            "objects": int((~file.objects.crowd).sum()),
+            "objects": int((~self._objects.crowd).sum()),
             "crowd regions" + (", left out" if training else ""): crowd,
             **file.findings.counts,
         }

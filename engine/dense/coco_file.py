@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,7 @@ class Objects:
         boxes: (N, 4) xywh float64, in pixels, as the file has them.
         areas: (N,) float64, in square pixels, as the file has them.
         crowd: (N,) bool, regions of many objects.
+        empty: (N,) bool, whose mask has no pixel; all False if masks were not read.
         masks: the segmentations, packed; None if they were not read.
     """
 
@@ -59,6 +61,7 @@ class Objects:
     boxes: NDArray[np.float64]
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
+    empty: NDArray[np.bool_]
     masks: Packed | None
 
     def where(self, rows: NDArray[Any]) -> Objects:
@@ -70,6 +73,7 @@ class Objects:
             self.boxes[rows],
             self.areas[rows],
             self.crowd[rows],
+            self.empty[rows],
             self.masks.where(rows) if self.masks else None,
         )
 
@@ -200,9 +204,11 @@ class _Reader:
 
     def identity(self, entry: Mapping[str, Any], where: str) -> int:
         value = entry.get("id")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
             self.fail(f"{where} has the id {value!r}: ids are whole numbers")
-        return int(value)
+        return value
 
     def present(
         self, entries: list[dict[str, Any]], *, skip_missing: bool
@@ -230,7 +236,7 @@ class _Reader:
 
     def size(self, entry: Mapping[str, Any]) -> tuple[int, int]:
         height, width = entry.get("height"), entry.get("width")
-        if isinstance(height, (int, float)) and isinstance(width, (int, float)) and height >= 1 and width >= 1:
+        if _is_side(height) and _is_side(width):
             return int(height), int(width)
         self.findings.note("images without a size, measured", f"image {int(entry['id'])}")
         return image_size(self.folder / entry["file_name"])
@@ -267,26 +273,22 @@ class _Reader:
                 known = listing(category_ids, limit=6)
                 self.fail(f"{name} has the category_id {entry['category_id']!r}, which is none of {known}")
             box, drawn = entry.get("bbox"), b""
-            area = entry.get("area")
-            if masks or not box or area is None:
+            if masks or not box or not _has_area(entry):
                 drawn = self.mask(entry, name, shapes[row])
             if not box and drawn:
                 self.findings.note("annotations without a bbox, given the one around their mask", name)
-                box = instance_masks.bounds(drawn, shapes[row])
+                box = self.measured(instance_masks.bounds, drawn, shapes[row], name)
             if not box:
                 self.fail(f"{name} has no bbox")
             if masks and not drawn:
                 self.findings.note("annotations without a mask, left out", name)
                 continue
-            if area is None:
-                self.findings.note("annotations without an area, measured", name)
-                area = instance_masks.area(drawn, shapes[row]) if drawn else None
             kept.append(entry)
             names.append(name)
             images.append(row)
             labels.append(label)
             boxes.append(box)
-            areas.append(area)
+            areas.append(self.area(entry, name, drawn, shapes[row]))
             packed.append(drawn)
         found = self.numbers(boxes, names)
         objects = Objects(
@@ -296,9 +298,36 @@ class _Reader:
             found,
             self.areas(areas, found, names),
             np.array([self.crowd(entry, name) for entry, name in zip(kept, names, strict=True)], bool),
+            np.zeros(len(kept), bool),
             Packed(packed) if masks else None,
         )
-        return objects.where(self.order(objects, sizes, names))
+        ordered = self.order(objects, sizes, names)
+        if masks:
+            drawn_on = sizes[objects.images[ordered]]
+            objects.empty[ordered] = instance_masks.empty([packed[row] for row in ordered], drawn_on)
+            self.several("masks without a pixel, not trained on", objects.empty, names)
+        return objects.where(ordered)
+
+    def area(self, entry: Mapping[str, Any], name: str, drawn: bytes, size: tuple[int, int]) -> Any:
+        """As the file has it, or that of the mask; None if there is no mask either."""
+        if _has_area(entry):
+            return entry["area"]
+        missing = entry.get("area") is None
+        what = "annotations without an area" if missing else "areas that are negative or not finite"
+        self.findings.note(f"{what}, measured", name)
+        return self.measured(instance_masks.area, drawn, size, name) if drawn else None
+
+    def measured(
+        self, measure: Callable[[bytes, tuple[int, int]], Any], drawn: bytes, size: tuple[int, int], name: str
+    ) -> Any:
+        try:
+            return measure(drawn, size)
+        except (ValueError, RuntimeError) as error:
+            raise DataError(f"{self.path}: {name}: broken mask ({error})") from error
+
+    def several(self, what: str, which: NDArray[np.bool_], names: list[str]) -> None:
+        if which.any():
+            self.findings.note(what, names[int(which.argmax())], int(which.sum()))
 
     def crowd(self, entry: Mapping[str, Any], name: str) -> bool:
         value = entry.get("iscrowd") or 0
@@ -323,7 +352,7 @@ class _Reader:
     def numbers(self, boxes: list[Any], names: list[str]) -> NDArray[np.float64]:
         try:
             found = np.array(boxes, np.float64).reshape(len(boxes), -1)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             found = np.empty((0, 0))
         if found.shape != (len(boxes), 4) or not np.isfinite(found).all():
             for box, name in zip(boxes, names, strict=True):
@@ -353,13 +382,9 @@ class _Reader:
         outside = ~flat & ((clipped[:, 2] <= clipped[:, 0]) | (clipped[:, 3] <= clipped[:, 1]))
         beyond = np.maximum.reduce([-x, -y, x + width - canvas[:, 1], y + height - canvas[:, 0], np.zeros_like(x)])
         cut = ~flat & ~outside & (beyond > _TOLERANCE)
-        for what, which in (
-            ("boxes without an area, left out", flat),
-            ("boxes outside the image, left out", outside),
-            ("boxes reaching past the image, clipped", cut),
-        ):
-            if which.any():
-                self.findings.note(what, names[int(np.flatnonzero(which)[0])], int(which.sum()))
+        self.several("boxes without an area, left out", flat, names)
+        self.several("boxes outside the image, left out", outside, names)
+        self.several("boxes reaching past the image, clipped", cut, names)
         twice = [identity for identity, count in Counter(map(str, objects.ids)).items() if count > 1]
         if twice and twice != ["None"]:
             self.findings.note("annotation ids that occur more than once, kept", twice[0], len(twice))
@@ -388,9 +413,20 @@ def _looked_up(table: Mapping[int, int], key: Any) -> int | None:
         return None
 
 
+def _is_side(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and 1 <= value < 2**31
+
+
+def _has_area(entry: Mapping[str, Any]) -> bool:
+    area = entry.get("area")
+    if isinstance(area, (int, float)):
+        return 0 <= area <= sys.float_info.max
+    return area is not None  # what is no number is refused where all of them are read
+
+
 def _is_box(box: Any) -> bool:
     try:
         values = np.array(box, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return values.shape == (4,) and bool(np.isfinite(values).all())

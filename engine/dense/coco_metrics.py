@@ -21,6 +21,40 @@ NAMES = (
 PREFIX = {"bbox": "box", "segm": "mask"}
 
 
+class GroundTruth:
+    """A COCO dictionary, checked and completed once for as many `CocoMetrics` as are made of it.
+
+    Args:
+        content: with `images`, `annotations` and `categories`; not changed. `area` and `iscrowd` may be missing: then
+            it is the area of the mask, or of the box, and no crowd.
+        kinds: which of `bbox` and `segm` will be computed.
+
+    Attributes:
+        content: a copy that has all that evaluators read; sizes: (height, width) of each image by its id.
+        names: of the categories, by their ids in ascending order.
+
+    Raises:
+        DataError: it is no such dictionary, or an annotation lacks what is asked for.
+    """
+
+    def __init__(self, content: Mapping[str, Any], kinds: Sequence[str] = ("bbox", "segm")) -> None:
+        if not kinds or not set(kinds) <= set(PREFIX):
+            raise ValueError(f"kinds={tuple(kinds)} must name some of {', '.join(PREFIX)}")
+        self.kinds = tuple(kinds)
+        self.content = _checked(content, self.kinds)
+        self.sizes = {image["id"]: (image.get("height"), image.get("width")) for image in self.content["images"]}
+        named = {int(one["id"]): str(one.get("name", one["id"])) for one in self.content["categories"]}
+        self.names = dict(sorted(named.items()))
+        self._by_image: dict[int, list[dict[str, Any]]] = {}
+        for annotation in self.content["annotations"]:
+            self._by_image.setdefault(annotation["image_id"], []).append(annotation)
+
+    def of_images(self, images: Sequence[int]) -> dict[str, Any]:
+        """The dictionary with the annotations of some images alone, which evaluators may write to."""
+        own = [dict(annotation) for image in images for annotation in self._by_image.get(image, [])]
+        return {**self.content, "annotations": own}
+
+
 class CocoMetrics:
     """Box and mask AP and AR over the images that were added (https://cocodataset.org/#detection-eval).
 
@@ -29,31 +63,26 @@ class CocoMetrics:
     (tests/engine/test_coco_metrics.py).
 
     Args:
-        ground_truth: a COCO dictionary with `images`, `annotations` and `categories`; not changed. `area` and `iscrowd`
-            may be missing: then it is the area of the mask, or of the box, and no crowd.
-        kinds: which of `bbox` and `segm` to compute.
+        ground_truth: checked already, or a dictionary as `GroundTruth` takes it.
+        kinds: which of `bbox` and `segm` to compute, of a dictionary; a `GroundTruth` says it itself.
         category_ids: the category of each label 0 .. K-1. Default: the ids of the ground truth in ascending order.
 
     Raises:
-        DataError: the ground truth is no such dictionary, or an annotation lacks what is asked for.
+        DataError: what `GroundTruth` raises.
     """
 
     def __init__(
         self,
-        ground_truth: Mapping[str, Any],
+        ground_truth: Mapping[str, Any] | GroundTruth,
         kinds: Sequence[str] = ("bbox", "segm"),
         *,
         category_ids: Sequence[int] | None = None,
     ) -> None:
-        if not kinds or not set(kinds) <= set(PREFIX):
-            raise ValueError(f"kinds={tuple(kinds)} must name some of {', '.join(PREFIX)}")
-        self.kinds = tuple(kinds)
-        self.truth = _checked(ground_truth, self.kinds)
-        known = sorted(int(category["id"]) for category in self.truth["categories"])
-        self.category_ids = list(category_ids) if category_ids is not None else known
-        if strangers := sorted(set(self.category_ids) - set(known)):
+        self.truth = ground_truth if isinstance(ground_truth, GroundTruth) else GroundTruth(ground_truth, kinds)
+        self.kinds = self.truth.kinds
+        self.category_ids = list(category_ids) if category_ids is not None else list(self.truth.names)
+        if strangers := sorted(set(self.category_ids) - set(self.truth.names)):
             raise ValueError(f"category_ids: {strangers[0]} is no category of the ground truth")
-        self._sizes = {image["id"]: (image.get("height"), image.get("width")) for image in self.truth["images"]}
         self._found: dict[int, list[dict[str, Any]]] = {}
 
     def add(self, outputs: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Any]]) -> None:
@@ -72,8 +101,9 @@ class CocoMetrics:
         """
         for output, target in zip(outputs, targets, strict=True):
             image_id = int(target["image_id"])
-            if image_id not in self._sizes:
-                raise ValueError(f"image_id {image_id} is no image of the ground truth ({len(self._sizes)} images)")
+            if image_id not in self.truth.sizes:
+                known = len(self.truth.sizes)
+                raise ValueError(f"image_id {image_id} is no image of the ground truth ({known} images)")
             self._found[image_id] = self._entries(image_id, output)
 
     def _entries(self, image_id: int, output: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -98,7 +128,7 @@ class CocoMetrics:
         if "segm" in self.kinds:
             if "masks" not in output:
                 raise ValueError(f"image_id {image_id}: predictions without masks: ask for kinds=('bbox',) alone")
-            masks, size = output["masks"], self._sizes[image_id]
+            masks, size = output["masks"], self.truth.sizes[image_id]
             if len(masks) and masks.shape[-2:] != size:
                 raise ValueError(
                     f"image_id {image_id}: masks of {tuple(masks.shape[-2:])}, but the image is {size} pixels"
@@ -129,7 +159,7 @@ class CocoMetrics:
 
     def per_class(self, kind: str = "bbox") -> dict[str, float]:
         """AP (mean over IoU 0.50:0.95) by the name of the class; NaN for a class without an object."""
-        names = {category["id"]: str(category.get("name", category["id"])) for category in self.truth["categories"]}
+        names = self.truth.names
         if not self._found:
             return {names[category]: math.nan for category in self.category_ids}
         evaluation = self._evaluate(kind)
@@ -148,8 +178,7 @@ class CocoMetrics:
             pass
 
         images = sorted(self._found)
-        own = [dict(annotation) for annotation in self.truth["annotations"] if annotation["image_id"] in self._found]
-        truth = COCO({**self.truth, "annotations": own}, print_function=say_nothing)
+        truth = COCO(self.truth.of_images(images), print_function=say_nothing)
         # masks without boxes: with both, the area of a detection would be that of its box
         found = truth.loadRes(self.predictions(kind))
         evaluation = COCOeval_faster(

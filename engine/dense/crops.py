@@ -7,8 +7,7 @@ torchvision. Randomness is torch's global generator. Images are resized bilinear
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from .classes import IGNORED
-from .transforms import choose_policy
+from .policies import choose_policy, factors, number, side, sides, switch
 
 ADE20K_SCALE = (2048, 512)
 
@@ -51,9 +50,9 @@ def train_transform(
     steps: list[v2.Transform] = [
         RandomRescale(scale, ratio, antialias=antialias),
         RandomCrop(crop, cat_max_ratio),
-        v2.RandomHorizontalFlip(hflip),
+        v2.RandomHorizontalFlip(number("hflip", hflip, 0, 1)),
     ]
-    if photometric:
+    if switch("photometric", photometric):
         steps.append(PhotometricDistortion())
     # padded after normalisation: zeros are the mean colour
     return v2.Compose([*steps, *_normalised(mean, std), PadTo(crop)])
@@ -90,13 +89,15 @@ POLICIES: dict[str, Callable[..., v2.Compose]] = {
 }
 
 
-def segmentation_policy(name: str, **options: Any) -> v2.Compose:
-    """The policy of a name with the options it takes, as a configuration gives them.
+def segmentation_policy(
+    name: str, options: Mapping[str, Any] | None = None, *, mean: Sequence[float], std: Sequence[float]
+) -> v2.Compose:
+    """The policy of a name with the options it takes, as a configuration gives them, for images of that mean and std.
 
     Raises:
         ConfigError: no such policy, an option it does not take, or a value that is not allowed.
     """
-    policy: v2.Compose = choose_policy(POLICIES, name, options)
+    policy: v2.Compose = choose_policy(POLICIES, name, options or {}, {"mean": mean, "std": std})
     return policy
 
 
@@ -131,10 +132,12 @@ def resize(value: Any, size: tuple[int, int], *, antialias: bool = True) -> Any:
 
 def as_pair(size: int | Sequence[int], name: str = "crop") -> tuple[int, int]:
     """(height, width) of a side or of (height, width); `name` is what a message calls it."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ValueError(f"{name}={size}: a side, or (height, width), in pixels")
-    return int(height), int(width)
+    rule = "a side, or (height, width), in pixels"
+    if isinstance(size, Sequence):
+        height, width = sides(name, size, rule, 2)
+        return height, width
+    one = side(name, size, rule)
+    return one, one
 
 
 class RandomRescale(v2.Transform):
@@ -144,9 +147,8 @@ class RandomRescale(v2.Transform):
         self, scale: tuple[int, int] | None, ratio: tuple[float, float] = (0.5, 2.0), *, antialias: bool = True
     ) -> None:
         super().__init__()
-        if not 0 < ratio[0] <= ratio[1]:
-            raise ValueError(f"ratio={tuple(ratio)}: (smallest, largest), both positive")
-        self.scale, self.ratio, self.antialias = _checked_scale(scale), tuple(ratio), antialias
+        self.scale, self.ratio = _checked_scale(scale), factors("ratio", ratio)
+        self.antialias = switch("antialias", antialias)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """The size drawn for this sample."""
@@ -165,7 +167,7 @@ class FitImage(v2.Transform):
 
     def __init__(self, scale: tuple[int, int] | None, *, antialias: bool = True) -> None:
         super().__init__()
-        self.scale, self.antialias = _checked_scale(scale), antialias
+        self.scale, self.antialias = _checked_scale(scale), switch("antialias", antialias)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """The image, resized."""
@@ -181,8 +183,8 @@ class RandomCrop(v2.Transform):
 
     def __init__(self, size: int | tuple[int, int], cat_max_ratio: float = 1.0, *, tries: int = 10) -> None:
         super().__init__()
-        if not 0 < cat_max_ratio <= 1:
-            raise ValueError(f"cat_max_ratio={cat_max_ratio}: a share between 0 and 1; 1 takes any crop")
+        if not isinstance(cat_max_ratio, (int, float)) or not 0 < cat_max_ratio <= 1:
+            raise ValueError(f"cat_max_ratio={cat_max_ratio!r}: a share above 0, at most 1, which takes any crop")
         self.size, self.cat_max_ratio, self.tries = as_pair(size), cat_max_ratio, tries
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -290,7 +292,8 @@ def _uniform(low: float, high: float) -> float:
 def _checked_scale(scale: Sequence[int] | None) -> tuple[int, int] | None:
     if scale is None:
         return None
-    longest, shortest = scale
-    if not 0 < shortest <= longest or not math.isfinite(longest):
-        raise ValueError(f"scale={tuple(scale)}: (longest, shortest) side in pixels")
-    return int(longest), int(shortest)
+    rule = "(longest, shortest) side in pixels"
+    longest, shortest = sides("scale", scale, rule, 2)
+    if shortest > longest:
+        raise ValueError(f"scale={[longest, shortest]}: {rule}")
+    return longest, shortest

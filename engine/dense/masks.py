@@ -81,7 +81,10 @@ class MaskSet(torch.utils.data.Dataset):
             )
         self.class_names = names
         self.num_classes = _count(num_classes, names, layout)
-        self._by_colour, self._by_number = _tables(label_map, self.num_classes)
+        self._mapped = bool(label_map)
+        self._by_colour, by_number = _tables(label_map, self.num_classes)
+        # by number: few tables, each for many masks
+        self._by_number, self._table_of = _tables_of(self.pairs, self.num_classes, by_number)
         self.report = {
             "images": len(self.pairs),
             "images without a mask": len(found.unlabelled),
@@ -138,9 +141,7 @@ class MaskSet(torch.utils.data.Dataset):
         pair = self.pairs[index]
         if self._by_colour is not None:
             return tv_tensors.Mask(torch.from_numpy(_from_colours(pair.mask, self._by_colour)))
-        table = self._by_number
-        if table is None:
-            table = _number_table(pair.labels or {label: label for label in range(self.num_classes)})
+        table = self._by_number[self._table_of[index]]
         return tv_tensors.Mask(torch.from_numpy(_from_numbers(pair.mask, table, self.num_classes)))
 
     def filename(self, index: int) -> str:
@@ -153,8 +154,7 @@ class MaskSet(torch.utils.data.Dataset):
         count = min(_PROBED, len(self.pairs))
         probed = [index * len(self.pairs) // count for index in range(count)]
         seen = {int(label) for index in probed for label in self.mask(index).unique()}
-        mapped = self._by_colour is not None or self._by_number is not None
-        if self.num_classes == 2 and seen == {0, IGNORED} and not mapped and self.layout == "folder":
+        if self.num_classes == 2 and seen == {0, IGNORED} and not self._mapped and self.layout == "folder":
             raise DataError(
                 f"{self.pairs[0].mask}: 2 classes, but this and {count - 1} other masks hold only 0 and 255, "
                 "and 255 is ignored: if it is the second class, set label_map={0: 0, 255: 1}"
@@ -202,6 +202,19 @@ def _tables(
         order = codes.argsort()
         return (codes[order], np.array(list(keys.values()), dtype=np.uint8)[order]), None
     raise ConfigError("label_map: keys are all numbers (7) or all colours ((128, 64, 128)), not both")
+
+
+def _tables_of(
+    pairs: Sequence[Pair], num_classes: int, mapped: np.ndarray | None
+) -> tuple[list[np.ndarray], list[int]]:
+    """The distinct tables of class by stored value, and which of them each pair has; `mapped` instead of all."""
+    if mapped is not None:
+        return [mapped], [0] * len(pairs)
+    as_they_are = {label: label for label in range(num_classes)}
+    distinct = {id(pair.labels): pair.labels for pair in pairs}
+    places = {identity: place for place, identity in enumerate(distinct)}
+    tables = [_number_table(labels or as_they_are) for labels in distinct.values()]
+    return tables, [places[id(pair.labels)] for pair in pairs]
 
 
 def _number_table(labels: Mapping[int, int], *, keep_ignored: bool = True) -> np.ndarray:

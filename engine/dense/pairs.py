@@ -74,7 +74,7 @@ def _ade20k(root: Path, split: str) -> Pairs:
         )
     images = _split_folder(root / "images", split)
     masks = root / "annotations" / images.name
-    return _matched(images, masks, classes.ADE20K, lambda _: _ADE20K_LABELS)
+    return _matched(images, masks, classes.ADE20K, labels=_ADE20K_LABELS)
 
 
 def _cityscapes(root: Path, split: str) -> Pairs:
@@ -156,7 +156,7 @@ def _folder(root: Path, split: str, suffix: str) -> Pairs:
         raise DataError(f"{images}: no folder of masks for it; {expected}")
     if len(there) > 1:
         raise DataError(f"{root}: {listing(there)} could all be the masks of {images}: leave one of them")
-    return _matched(images, there[0], names, lambda _: None, suffix)
+    return _matched(images, there[0], names, suffix=suffix)
 
 
 def _class_names(path: Path) -> list[str] | None:
@@ -183,7 +183,8 @@ def _matched(
     images: Path,
     masks: Path,
     names: Iterable[str] | None,
-    labels: Callable[[Path], dict[int, int] | None],
+    *,
+    labels: dict[int, int] | None = None,
     suffix: str = "",
 ) -> Pairs:
     """Images and masks of two folders by their path without ending."""
@@ -201,7 +202,7 @@ def _matched(
         if stem in used:
             raise DataError(f"{image}: another image of this name has the mask {by_stem[stem].name}: rename one")
         if stem in by_stem:
-            found.pairs.append(Pair(image, by_stem[stem], labels(image)))
+            found.pairs.append(Pair(image, by_stem[stem], labels))
             used.add(stem)
         else:
             found.unlabelled.append((image, masks / f"{stem}.png"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..errors import ConfigError, listing, nearest
+from .policies import choose_policy, factors, number, side, sides
 
 Target = dict[str, Any]
 SHORT_SIDES = tuple(range(480, 801, 32))  # pixels
@@ -101,14 +100,17 @@ class RandomResize(v2.Transform):
 class RandomShortSide(RandomResize):
     """The short side becomes one of `short_sides` pixels, or less where the long one would exceed `max_size`.
 
-    As torchvision's RandomShortestSize, but rounded as mmdet does, and images of a pixel or a line survive.
+    As torchvision's RandomShortestSize, but rounded as mmdet does, and images of a pixel or a line survive. `name` is
+    what a message calls the sides.
     """
 
-    def __init__(self, short_sides: Sequence[int], max_size: int) -> None:
+    def __init__(self, short_sides: Sequence[int], max_size: int, name: str = "short_sides") -> None:
         super().__init__()
-        if not short_sides or not 1 <= min(short_sides) <= max(short_sides) <= max_size:
-            raise ConfigError(f"short_sides={list(short_sides)}: give sides in pixels, at most max_size={max_size}")
-        self.short_sides, self.max_size = list(short_sides), max_size
+        self.max_size = side("max_size", max_size)
+        rule = f"one or more sides in pixels, at most max_size={max_size}"
+        self.short_sides = sides(name, short_sides, rule)
+        if max(self.short_sides) > max_size:
+            raise ValueError(f"{name}={self.short_sides}: {rule}")
 
     def factor(self, height: int, width: int) -> float:
         """One of the short sides, each as likely, over that of the image."""
@@ -184,12 +186,13 @@ def multi_scale_crop(
     Half of the time `multi_scale`; else resized to one of `crop_short_sides`, a window of `crop_range` pixels a side
     cut out, and that resized as in `multi_scale`. Source: github.com/facebookresearch/detr, datasets/coco.py.
     """
-    if len(crop_range) != 2 or not 1 <= crop_range[0] <= crop_range[1]:
-        raise ConfigError(f"crop_range={list(crop_range)}: give the least and the largest side of the window in pixels")
-    window = [RandomShortSide(crop_short_sides, max_size), RandomWindow(crop_range[0], crop_range[1])]
-    return Policy(
-        [*_looks(hflip, color_jitter), v2.RandomApply(window, p=crop_prob), RandomShortSide(short_sides, max_size)]
-    )
+    rule = "the least and the largest side of the window in pixels"
+    low, high = sides("crop_range", crop_range, rule, 2)
+    if low > high:
+        raise ValueError(f"crop_range={[low, high]}: {rule}")
+    window = [RandomShortSide(crop_short_sides, max_size, "crop_short_sides"), RandomWindow(low, high)]
+    cut = v2.RandomApply(window, p=number("crop_prob", crop_prob, 0, 1))
+    return Policy([*_looks(hflip, color_jitter), cut, RandomShortSide(short_sides, max_size)])
 
 
 def jitter(
@@ -213,13 +216,10 @@ def jitter(
         color_jitter: strength of changes of brightness, contrast and saturation.
         fill: value of padded pixels, 0 to 255.
     """
-    if len(size) != 2 or min(size) < 1 or len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-        raise ConfigError(
-            f"size={list(size)}, scale={list(scale)}: give height and width in pixels, and the least and largest scale"
-        )
-    window = (int(size[0]), int(size[1]))
-    zoom = RandomScale(window, (float(scale[0]), float(scale[1])))
-    padding: Any = {tv_tensors.Image: fill, "others": 0}
+    height, width = sides("size", size, "height and width in pixels", 2)
+    window = (height, width)
+    zoom = RandomScale(window, factors("scale", scale))
+    padding: Any = {tv_tensors.Image: number("fill", fill, 0, 255), "others": 0}
     return Policy(
         [*_looks(hflip, color_jitter), zoom, v2.RandomCrop(window, pad_if_needed=True, fill=padding)], tight=True
     )
@@ -233,36 +233,17 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 }
 
 
-def detection_policy(name: str, **options: Any) -> Policy:
+def detection_policy(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     """The policy of a name with the options it takes, as a configuration gives them.
 
     Raises:
         ConfigError: no such policy, an option it does not take, or a value that is not allowed.
     """
-    policy: Policy = choose_policy(POLICIES, name, options)
+    policy: Policy = choose_policy(POLICIES, name, options or {})
     return policy
 
 
-def choose_policy(policies: Mapping[str, Callable[..., Any]], name: str, options: Mapping[str, Any]) -> Any:
-    """What the entry of that name makes with the options.
-
-    Raises:
-        ConfigError: no such policy, an option it does not take, or a value that is not allowed.
-    """
-    if name not in policies:
-        raise ConfigError(f"aug.policy={name}: no such policy{nearest(name, policies)}; allowed: {listing(policies)}")
-    allowed = inspect.signature(policies[name]).parameters
-    if strange := [option for option in options if option not in allowed]:
-        raise ConfigError(
-            f"aug.kwargs: policy {name} has no option {strange[0]!r}{nearest(strange[0], allowed)}; "
-            f"it takes {listing(allowed) or 'none'}"
-        )
-    try:
-        return policies[name](**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"aug.kwargs: policy {name}: {error}") from error
-
-
 def _looks(hflip: float, color_jitter: float) -> list[Any]:
-    steps: list[Any] = [v2.RandomHorizontalFlip(hflip)] if hflip else []
-    return [*steps, v2.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else steps
+    mirrored, strength = number("hflip", hflip, 0, 1), number("color_jitter", color_jitter)
+    steps: list[Any] = [v2.RandomHorizontalFlip(mirrored)] if mirrored else []
+    return [*steps, v2.ColorJitter(strength, strength, strength)] if strength else steps

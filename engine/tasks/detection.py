@@ -15,7 +15,7 @@ from .. import data, network
 from ..config import EvalConfig, TaskConfig, TrainConfig
 from ..dense.batches import batches, lists, policy_of
 from ..dense.coco import CocoSet
-from ..dense.coco_metrics import NAMES, PREFIX, CocoMetrics
+from ..dense.coco_metrics import NAMES, PREFIX, CocoMetrics, GroundTruth
 from ..dense.drawing import write_detections
 from ..dense.sources import detection_source
 from ..dense.task import DenseTask
@@ -40,15 +40,15 @@ class Detection(DenseTask):
 
     def __init__(self, config: TaskConfig, measured: CocoSet, *, masks: bool) -> None:
         super().__init__(config, measured)
-        self.masks = masks
-        self.truth = measured.ground_truth()
-        if all(one.get("iscrowd") for one in self.truth["annotations"]):
+        truth = measured.ground_truth()
+        if all(one.get("iscrowd") for one in truth["annotations"]):
             _logger.warning(
                 "%s: no object to find in its %d images: there will be no %s, and of a training no best weights",
                 measured.path,
                 len(measured),
                 self.primary,
             )
+        self.truth = GroundTruth(truth, ("bbox", "segm") if masks else ("bbox",))
 
     def loss(self, forward: Forward, inputs: list[Tensor], targets: list[dict[str, Any]]) -> Tensor:
         """The sum of the detector's losses: images (C, H, W) in [0, 1], targets as the detector takes them."""
@@ -62,8 +62,7 @@ class Detection(DenseTask):
 
     def metrics(self) -> CocoMetrics:
         """COCO's numbers over the images that are added."""
-        kinds = ("bbox", "segm") if self.masks else ("bbox",)
-        return CocoMetrics(self.truth, kinds, category_ids=self.measured.category_ids)
+        return CocoMetrics(self.truth, category_ids=self.measured.category_ids)
 
     def draw(self, path: Path, images: Sequence[Any], outputs: Sequence[Any], targets: Sequence[Any]) -> None:
         """The truth on the left, what the model finds on the right."""
@@ -109,7 +108,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)
         name, options = policy_of(config)
-        source.train.transform = detection_policy(name, **options)
+        source.train.transform = detection_policy(name, options)
         train = batches(chosen, source.train, device, collate=lists, training=True)
         if chosen.overfit_batches:
             return Prepared(task, source, how, model, train, train)

@@ -152,7 +152,7 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)
         name, options = policy_of(config)
-        policy = segmentation_policy(name, mean=mean, std=std, **options)
+        policy = segmentation_policy(name, options, mean=mean, std=std)
         source.train.transform = v2.Compose([policy, PadTo(MIN_IMAGE)])
         train = batches(chosen, source.train, device, collate=stacks, training=True)
         if chosen.overfit_batches:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nearfield.engine.dense import scenes
+from nearfield.engine.dense import instance_masks, scenes
 from nearfield.engine.dense.coco import CocoSet, collate
 from nearfield.engine.errors import DataError
 from PIL import Image
@@ -194,8 +194,6 @@ def test_the_ground_truth_says_what_the_file_says(made: Made) -> None:
 
 def test_masks_are_drawn_only_when_they_are_wanted(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    from nearfield.engine.dense import instance_masks
-
     draw = instance_masks.draw
     monkeypatch.setattr(instance_masks, "draw", lambda *a: drawn.append(1) or draw(*a))
     data = CocoSet(*made(), masks=True)
@@ -260,6 +258,9 @@ def put(identity: int = 55, **values: Any) -> Callable[[dict[str, Any]], None]:
             ANT,
         ),
         (drop("area"), "annotations without an area, measured", "annotation 55", ANT),
+        (put(area=float("nan")), "areas that are negative or not finite, measured", "annotation 55", ANT),
+        (put(area=float("inf")), "areas that are negative or not finite, measured", "annotation 55", ANT),
+        (put(area=-5), "areas that are negative or not finite, measured", "annotation 55", ANT),
         (drop("bbox"), "annotations without a bbox, given the one around their mask", "annotation 55", ANT),
         (put(8, id=55), "annotation ids that occur more than once, kept", "55", ANT),
     ],
@@ -293,6 +294,64 @@ def test_a_clean_file_warns_of_nothing(made: Made, caplog: pytest.LogCaptureFixt
     assert record.getMessage().endswith("3 images, 1 images without objects, 3 objects, 1 crowd regions")
 
 
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[5, 5, 5, 5, 5, 5]],
+        [[5, 5, 30, 5, 55, 5], [61, 5, 70, 5, 70, 15]],
+        [[61, 5, 70, 5, 70, 15]],
+        [[5, 5.1, 55, 5.1, 55, 5.3, 5, 5.3]],
+        {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]},
+        {"size": [HEIGHT, WIDTH], "counts": [60, 0, HEIGHT * WIDTH - 60]},
+        {"size": [HEIGHT, WIDTH], "counts": "P[2"},
+    ],
+    ids=["point", "parts", "outside", "sliver", "counts", "counts of nothing", "string"],
+)
+def test_masks_without_a_pixel_are_counted_and_not_trained_on(
+    made: Made, caplog: pytest.LogCaptureFixture, segmentation: Any
+) -> None:
+    what = "masks without a pixel, not trained on"
+    folder, path = made(put(segmentation=segmentation))
+    with caplog.at_level(logging.WARNING, "nearfield.engine"):
+        train = CocoSet(folder, path, masks=True, training=True)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"1 {what} (first: annotation 55)")
+    assert (train.report[what], train.report["objects"]) == (1, 2)
+    assert train[0][1]["labels"].tolist() == [2]
+    val = CocoSet(folder, path, masks=True)
+    assert (val.report[what], val.report["objects"]) == (1, 3)
+    assert not val[0][1]["masks"][0].any()
+    assert what not in CocoSet(folder, path, training=True).report
+
+
+def test_nothing_but_masks_without_a_pixel_is_nothing_to_train_on(made: Made) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for entry in content["annotations"]:
+            entry["segmentation"] = [[5, 5, 5, 5, 5, 5]]
+
+    with pytest.raises(DataError, match=r"no object in it that can be used \(4 masks without a pixel"):
+        CocoSet(*made(change), masks=True, training=True)
+
+
+def test_whether_a_mask_has_a_pixel_is_known_without_drawing_most_of_them() -> None:
+    rng = np.random.default_rng(0)
+    packed, sizes = [], []
+    for case in range(600):
+        size = (int(rng.integers(1, 50)), int(rng.integers(1, 50)))
+        centre, spread = rng.uniform(-20, 70, 2), rng.choice([0.2, 1, 4, 30], 2)
+        rings = [(centre + rng.uniform(-spread, spread, (4, 2))).flatten().tolist() for _ in range(1 + case % 2)]
+        segmentation: Any = rings
+        if case % 5 == 4:
+            segmentation = {"size": list(size), "counts": run_lengths((rng.random(size) < 0.01).astype(np.uint8))}
+        one = instance_masks.pack(segmentation, size)
+        assert one is not None
+        packed.append(one[0])
+        sizes.append(size)
+    expected = [not instance_masks.draw(one, size).any() for one, size in zip(packed, sizes, strict=True)]
+    assert 100 < sum(expected) < 500
+    assert instance_masks.empty(packed, np.array(sizes)).tolist() == expected
+
+
 def test_an_area_that_is_missing_is_that_of_the_mask_or_the_box(made: Made) -> None:
     folder, path = made(drop("area"))
     mask = CocoSet(folder, path, masks=True)[0][1]
@@ -303,6 +362,12 @@ def test_an_area_that_is_missing_is_that_of_the_mask_or_the_box(made: Made) -> N
         drop("segmentation")(content)
 
     assert CocoSet(*made(bare))[0][1]["area"].tolist() == [25 * 15, 100, 100]
+
+
+@pytest.mark.parametrize("area", [float("nan"), -5, 10**400])
+def test_an_area_that_cannot_be_is_measured_like_a_missing_one(made: Made, area: float) -> None:
+    missing, wrong = (CocoSet(*made(change))[0][1]["area"].tolist() for change in (drop("area"), put(area=area)))
+    assert wrong == missing != [100, 100, 100]
 
 
 def test_boxes_are_made_from_run_lengths_too(made: Made) -> None:
@@ -345,14 +410,16 @@ def test_missing_images_refuse_the_set_or_are_left_out_by_wish(made: Made) -> No
         CocoSet(folder / "nowhere", path)
 
 
-def test_sizes_that_are_missing_are_read_from_the_images(made: Made) -> None:
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), 10**400, "40"])
+def test_sizes_that_are_missing_are_read_from_the_images(made: Made, size: Any) -> None:
     def change(content: dict[str, Any]) -> None:
         del content["images"][0]["width"]
         content["images"][1]["height"] = 0
+        content["images"][2]["height"] = size
 
     data = CocoSet(*made(change))
     assert data.sizes.tolist() == [[HEIGHT, WIDTH]] * 3
-    assert data.report["images without a size, measured"] == 2
+    assert data.report["images without a size, measured"] == 3
 
 
 def test_an_image_of_another_size_than_annotated_is_refused_when_it_is_read(made: Made) -> None:
@@ -432,7 +499,19 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": "abc"}
             put(segmentation={**RLE, "counts": [5, 6]}),
             "annotation 55: its run lengths cover 11 pixels, but .* has 2400",
         ),
-        (put(segmentation={**RLE, "counts": [-5, 2405]}), "annotation 55: its run lengths cover 2400 pixels"),
+        (put(segmentation={**RLE, "counts": [-5, 2405]}), "annotation 55: one of its run lengths is negative: -5"),
+        (put(segmentation={**RLE, "counts": [float("inf")]}), "annotation 55: the counts of run lengths are"),
+        (put(segmentation={**RLE, "counts": 2400}), "annotation 55: the counts of run lengths are"),
+        (put(segmentation={**RLE, "counts": "\u00e9"}), "annotation 55: the counts of run lengths are"),
+        (put(segmentation={**RLE, "size": None}), "annotation 55: its mask is None "),
+        (put(segmentation={**RLE, "size": 5}), "annotation 55: its mask is 5 "),
+        (put(area=True, bbox=None, segmentation=None), "annotation 55 has no bbox"),
+        (put(iscrowd=[1]), r"annotation 55: iscrowd=\[1\] must be 0 or 1"),
+        (put(area=[1, 2]), r"annotation 55 has the area \[1, 2\], which is not a number"),
+        (put(segmentation=RLE, area=None), r"annotation 55: broken mask \(RLE string is malformed"),
+        (put(segmentation=RLE, bbox=None), r"annotation 55: broken mask \(RLE string is malformed"),
+        (put(bbox=[1, 2, 3, 10**400]), r"annotation 55 has the bbox \[1, 2, 3, 10+, which is not four finite numbers"),
+        (put(segmentation=[[1, 2, 3, 4, 5, 10**400]]), "annotation 55: a polygon is a list of numbers, not "),
         (put(segmentation={**RLE, "counts": ["a"]}), "annotation 55: the counts of run lengths are"),
         (put(iscrowd="0"), "annotation 55: iscrowd='0' must be 0 or 1"),
         (put(iscrowd=2), "annotation 55: iscrowd=2 must be 0 or 1"),
@@ -442,6 +521,9 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": "abc"}
         (lambda c: c["images"].clear(), "no images in it"),
         (lambda c: c["images"].append({"id": 7, "file_name": "a.png"}), "image id 7 occurs twice"),
         (lambda c: c["images"].append({"id": "x", "file_name": "a.png"}), r"images\[3\] has the id 'x'"),
+        (lambda c: c["images"][0].update(id=float("nan")), r"images\[0\] has the id nan: ids are whole numbers"),
+        (lambda c: c["images"][0].update(id=float("inf")), r"images\[0\] has the id inf: ids are whole numbers"),
+        (lambda c: c["categories"][1].update(id=float("inf")), r"categories\[1\] has the id inf: ids are whole"),
         (lambda c: c["images"].append({"id": 9}), "image 9 has no file_name"),
         (lambda c: c["images"].append("a.png"), r"images\[3\] is 'a.png', not an entry"),
         (lambda c: c.pop("annotations"), r"no list 'annotations' \(there is: images, categories\)"),

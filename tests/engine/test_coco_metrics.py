@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nearfield.engine.dense import coco_metrics
 from nearfield.engine.dense.coco_metrics import NAMES, PREFIX, CocoMetrics
 from nearfield.engine.errors import DataError, DivergedError
 from torch import Tensor
@@ -301,6 +302,21 @@ def test_ground_truth_without_areas_and_crowd_is_completed() -> None:
     metrics = CocoMetrics(bare)
     metrics.add(outputs, targets)
     assert metrics.result() == pytest.approx(expected)
+
+
+def test_a_ground_truth_is_checked_once_for_many_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, outputs, targets = scene(4)
+    alone = CocoMetrics(truth)
+    alone.add(outputs, targets)
+    shared = coco_metrics.GroundTruth(truth)
+    before = json.dumps(shared.content)
+    monkeypatch.setattr(coco_metrics, "_checked", None)
+    for _ in range(2):
+        metrics = CocoMetrics(shared)
+        metrics.add(outputs, targets)
+        assert metrics.result() == alone.result()
+        assert metrics.per_class("segm") == alone.per_class("segm")
+    assert json.dumps(shared.content) == before
 
 
 def test_an_annotation_with_the_id_zero_is_found_like_any_other() -> None:

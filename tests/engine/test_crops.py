@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from nearfield.engine.dense import crops
 from nearfield.engine.dense.classes import IGNORED
+from nearfield.engine.errors import ConfigError
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -261,6 +263,41 @@ def test_policies_of_one_channel() -> None:
 def test_impossible_policies_are_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("random_crop", {"crop": "big"}, "crop='big': a side, or (height, width), in pixels"),
+        ("random_crop", {"crop": [512]}, "crop=[512]: a side, or (height, width), in pixels"),
+        ("random_crop", {"crop": [5, "6"]}, "crop=[5, '6']: a side, or (height, width), in pixels"),
+        ("random_crop", {"crop": 0.5}, "crop=0.5: a side, or (height, width), in pixels"),
+        ("random_crop", {"crop": None}, "crop=None: a side, or (height, width), in pixels"),
+        ("random_crop", {"scale": 512}, "scale=512: (longest, shortest) side in pixels"),
+        ("random_crop", {"scale": "big"}, "scale='big': (longest, shortest) side in pixels"),
+        ("random_crop", {"scale": [512, 2048]}, "scale=[512, 2048]: (longest, shortest) side in pixels"),
+        ("random_crop", {"ratio": 2}, "ratio=2: the least and the largest, both above 0"),
+        ("random_crop", {"ratio": ["a", "b"]}, "ratio=['a', 'b']: the least and the largest, both above 0"),
+        ("random_crop", {"cat_max_ratio": "all"}, "cat_max_ratio='all': a share above 0, at most 1, which takes any"),
+        ("random_crop", {"hflip": "often"}, "hflip='often': a number from 0 to 1"),
+        ("random_crop", {"hflip": 2}, "hflip=2: a number from 0 to 1"),
+        ("random_crop", {"photometric": "no"}, "photometric='no': true or false"),
+        ("random_crop", {"antialias": 3}, "antialias=3: true or false"),
+        ("light", {"crop": "big"}, "crop='big': a side, or (height, width), in pixels"),
+        ("light", {"crop": 8, "ratio": [0, 1]}, "ratio=[0, 1]: the least and the largest, both above 0"),
+        ("light", {}, "crop is missing"),
+        ("light", {"crop": 8, "mean": [0.5]}, "mean and std are those of the data: data.mean=, data.std="),
+    ],
+)
+def test_a_value_that_an_option_does_not_take_is_one_line(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"aug.kwargs: policy {name}: {message}")) as caught:
+        crops.segmentation_policy(name, options, mean=ZERO, std=ONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_that_no_policy_takes_is_named() -> None:
+    with pytest.raises(ConfigError, match=re.escape("policy light has no option 'hflip'; it takes crop, ratio")):
+        crops.segmentation_policy("light", {"hflip": 0.5}, mean=ZERO, std=ONE)
 
 
 def test_steps_are_torchvision_s() -> None:

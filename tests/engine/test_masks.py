@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nearfield.engine.dense import classes
+from nearfield.engine.dense import classes, masks
 from nearfield.engine.dense.masks import MaskSet
 from nearfield.engine.dense.pairs import ENDINGS, LAYOUTS, MASK_FOLDERS
 from nearfield.engine.dense.scenes import MAP_CLASSES, write_scenes
@@ -164,12 +164,12 @@ def test_voc_trains_on_the_augmented_list_where_it_is(tmp_path: Path, form: str)
     assert len(MaskSet(tmp_path, "val", layout="voc")) == 1
 
 
-@pytest.mark.parametrize("masks", ["masks", "labels", "annotations"])
+@pytest.mark.parametrize("parent", ["masks", "labels", "annotations"])
 @pytest.mark.parametrize("split", ["train", "training"])
-def test_a_plain_folder(tmp_path: Path, masks: str, split: str) -> None:
+def test_a_plain_folder(tmp_path: Path, parent: str, split: str) -> None:
     for name, ending in (("b", "jpg"), ("a", "png"), ("sub/a", "webp")):
         picture(tmp_path / "images" / split / f"{name}.{ending}")
-        labels(tmp_path / masks / "train" / f"{name}.png", (0, 4, 255))
+        labels(tmp_path / parent / "train" / f"{name}.png", (0, 4, 255))
     (tmp_path / "images" / split / ".DS_Store").touch()
     (tmp_path / "images" / split / "._b.jpg").touch()
     (tmp_path / "classes.txt").write_text("road\ncar\nsky\ntree\nperson\n")
@@ -406,6 +406,25 @@ def test_gray_images_one_pixel_and_workers(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=0)
     assert [int(mask) for _, mask in loader] == [0, 1, 2]
     assert all(mask.dtype == torch.int64 for _, mask in loader)
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "cityscapes", "voc", "folder"])
+def test_tables_are_made_when_a_set_is_opened_and_not_for_every_mask(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = {"ade20k": ade20k, "cityscapes": cityscapes, "voc": voc, "folder": folder}[layout](tmp_path)
+    if layout == "cityscapes":  # a split of both kinds of numbers
+        city = root / "gtFine" / "train" / "ulm"
+        labels(city / "ulm_000000_000019_gtFine_labelTrainIds.png", (18, 7))
+    data = MaskSet(root, layout=layout, num_classes=3 if layout == "folder" else None)
+    expected = [data.mask(index) for index in range(len(data))]
+    if layout == "cityscapes":
+        assert [mask[0, :2].tolist() for mask in expected] == [[255, 255], [18, 7]]
+    again = pickle.loads(pickle.dumps(data))
+    monkeypatch.setattr(masks, "_number_table", None)
+    for index, mask in enumerate(expected):
+        assert torch.equal(data.mask(index), mask)
+        assert torch.equal(again.mask(index), mask)
 
 
 def test_the_page_on_data_names_what_the_code_reads() -> None:

@@ -131,14 +131,14 @@ def test_a_recipe_is_what_its_authors_share(name: str) -> None:
         assert not config.data.keep_empty
         once = family == "biformer" or "_1x_" in name
         assert (config.trainer.epochs, config.sched.decay_milestones) == ((12, [8, 11]) if once else (36, [27, 33]))
-        assert detection_policy(config.aug.policy, **config.aug.kwargs)
+        assert detection_policy(config.aug.policy, config.aug.kwargs)
         assert config.aug.policy == ("multi_scale" if family == "biformer" else "multi_scale_crop")
     else:
         crop = 640 if size == "large" else 512
         assert (config.task.fit, config.task.crop) == ([4 * crop, crop], None)
         assert config.aug.kwargs["crop"] == crop
         assert config.aug.kwargs["scale"] == [4 * crop, crop]
-        assert segmentation_policy(config.aug.policy, mean=[0.0] * 3, std=[1.0] * 3, **config.aug.kwargs)
+        assert segmentation_policy(config.aug.policy, config.aug.kwargs, mean=[0.0] * 3, std=[1.0] * 3)
         assert config.trainer.updates == (80_000 if config.task.head == "fpn" else 160_000)
 
 

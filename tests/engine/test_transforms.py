@@ -245,7 +245,7 @@ def test_a_set_of_scenes_is_read_through_a_policy(tmp_path: Path) -> None:
         root / "annotations" / "instances_train.json",
         training=True,
         masks=True,
-        transform=transforms.detection_policy("jitter", scale=[0.8, 1.25]),
+        transform=transforms.detection_policy("jitter", {"scale": [0.8, 1.25]}),
     )
     for index in range(len(data)):
         pixels, target = data[index]
@@ -261,12 +261,41 @@ def test_policies_are_made_from_names_and_options() -> None:
         assert isinstance(transforms.detection_policy(name), transforms.Policy)
     for call, message in (
         (lambda: transforms.detection_policy("multiscale"), "aug.policy=multiscale: no such policy"),
-        (lambda: transforms.detection_policy("jitter", sizes=3), "policy jitter has no option 'sizes' (did you mean"),
-        (lambda: transforms.detection_policy("none", hflip=1), "policy none has no option 'hflip'; it takes none"),
-        (lambda: transforms.multi_scale(short_sides=[]), "short_sides=[]: give sides in pixels"),
-        (lambda: transforms.multi_scale(short_sides=[900], max_size=800), "short_sides=[900]: give sides"),
-        (lambda: transforms.multi_scale_crop(crop_range=(600, 384)), "crop_range=[600, 384]: give the least"),
-        (lambda: transforms.jitter(scale=(2, 1)), "scale=[2, 1]: give height and width"),
+        (lambda: transforms.detection_policy("jitter", {"sizes": 3}), "policy jitter has no option 'sizes' (did"),
+        (lambda: transforms.detection_policy("none", {"hflip": 1}), "policy none has no option 'hflip'; it takes none"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=re.escape(message)):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("multi_scale", {"short_sides": []}, "short_sides=[]: one or more sides in pixels, at most max_size=1333"),
+        ("multi_scale", {"short_sides": 800}, "short_sides=800: one or more sides in pixels"),
+        ("multi_scale", {"short_sides": "800"}, "short_sides='800': one or more sides in pixels"),
+        ("multi_scale", {"short_sides": [800.5]}, "short_sides=[800.5]: one or more sides in pixels"),
+        ("multi_scale", {"short_sides": [900], "max_size": 800}, "short_sides=[900]: one or more sides in pixels, at"),
+        ("multi_scale", {"max_size": "big"}, "max_size='big': a side in pixels"),
+        ("multi_scale", {"hflip": "often"}, "hflip='often': a number from 0 to 1"),
+        ("multi_scale", {"hflip": 1.5}, "hflip=1.5: a number from 0 to 1"),
+        ("multi_scale", {"color_jitter": -1}, "color_jitter=-1: a number, at least 0"),
+        ("multi_scale", {"color_jitter": [0.4]}, "color_jitter=[0.4]: a number, at least 0"),
+        ("multi_scale_crop", {"crop_prob": None}, "crop_prob=None: a number from 0 to 1"),
+        ("multi_scale_crop", {"crop_short_sides": ["a"]}, "crop_short_sides=['a']: one or more sides in pixels"),
+        ("multi_scale_crop", {"crop_range": [600, 384]}, "crop_range=[600, 384]: the least and the largest side"),
+        ("multi_scale_crop", {"crop_range": "big"}, "crop_range='big': the least and the largest side"),
+        ("multi_scale_crop", {"crop_range": 5}, "crop_range=5: the least and the largest side"),
+        ("jitter", {"size": "big"}, "size='big': height and width in pixels"),
+        ("jitter", {"size": 128}, "size=128: height and width in pixels"),
+        ("jitter", {"size": [0, 5]}, "size=[0, 5]: height and width in pixels"),
+        ("jitter", {"scale": [2, 1]}, "scale=[2, 1]: the least and the largest, both above 0"),
+        ("jitter", {"scale": 2}, "scale=2: the least and the largest, both above 0"),
+        ("jitter", {"fill": 300}, "fill=300: a number from 0 to 255"),
+        ("jitter", {"fill": float("nan")}, "fill=nan: a number from 0 to 255"),
+    ],
+)
+def test_a_value_that_an_option_does_not_take_is_one_line(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"aug.kwargs: policy {name}: {message}")) as caught:
+        transforms.detection_policy(name, options)
+    assert "\n" not in str(caught.value)

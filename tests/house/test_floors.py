@@ -64,3 +64,11 @@ def test_engine_names_no_backbone_family() -> None:
     for path in (ROOT / "engine").rglob("*.py"):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert not families.search(line), f"{path.name}:{number}: {line.strip()}"
+
+
+def test_the_files_that_contributing_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = [name for name in re.findall(r"`([\w./]+\.(?:py|md|yaml))`", text) if "NAME" not in name]
+    rooms = {ROOT, *(path.parent for path in floors.source_files(ROOT).values()), *ROOT.glob("tests/*")}
+    assert len(named) > 30
+    assert [name for name in named if not any((room / name).is_file() for room in rooms)] == []

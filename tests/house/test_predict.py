@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +174,68 @@ def test_a_picture_that_the_model_cannot_take_does_not_stop_its_batch(
     assert f"{photos / 'b.jpg'}: cannot take this\n" in said["err"]
 
 
+@pytest.mark.parametrize("output", ["predictions", "."])
+def test_the_results_of_an_earlier_run_are_no_pictures(run: Run, segmentor: tuple[Any, Path], output: str) -> None:
+    for name in ("a.png", "more/own.predicted.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40)).save(name)
+    asked = (".", "*", "**/*.png", "--checkpoint", segmentor[1], "--size", 32, "--output")
+    first = run(*asked, output)
+    assert (first["images"], first["left_out"]) == (2, 0)
+    for place in (output, "elsewhere"):  # the results are known by the results.json beside them, too
+        again = run(*asked, place)
+        assert [row["file"] for row in again["predictions"]] == ["a.png", "more/own.predicted.png"]
+        assert again["left_out"] == 4
+        assert "predict: 4 pictures left out, which are results of this command" in again["err"]
+    named = run("a.png", Path(output, "a.predicted.png"), *asked[3:], output)
+    assert (named["images"], named["left_out"], named["err"]) == (2, 0, "")
+
+
+def test_long_and_strange_names_are_done_like_any_other(run: Run, classifier: tuple[Any, Path], photos: Path) -> None:
+    odd = os.fsdecode(b"odd\xff.png")
+    names = [f"{'x' * 245}.png", f"{'x' * 240}yyyyy.png", f"{'ä' * 125}.png", odd, "z.png"]
+    for name in names:
+        (photos / name).write_bytes((photos / "a.png").read_bytes())
+    said = run(*(photos / name for name in names), "--checkpoint", classifier[1])
+    assert (said["code"], said["images"], said["failed"], said["err"]) == (0, 5, 0, "")
+    assert len({row["picture"] for row in said["predictions"]}) == 5
+    assert all(Path(row["picture"]).is_file() for row in said["predictions"])
+
+
+def test_a_picture_that_cannot_be_written_is_said_and_the_rest_is_done(
+    run: Run, classifier: tuple[Any, Path], photos: Path
+) -> None:
+    Path("predictions/a.predicted.png").mkdir(parents=True)  # a folder of the name that the first result would have
+    said = run(photos, "--checkpoint", classifier[1], "--batch-size", 2)
+    assert (said["code"], said["images"], said["failed"]) == (0, 2, 2)
+    assert f"predict: {photos / 'a.png'}: cannot write its results" in said["err"]
+    assert Path(said["results"]).is_file()
+
+
+def test_a_folder_that_cannot_be_written_to_ends_the_run(
+    run: Run, classifier: tuple[Any, Path], photos: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script, "write_picture", full)
+    said = run(photos, "--checkpoint", classifier[1])
+    assert (said["code"], said["err"]) == (2, "predict: predictions: cannot write there: No space left on device\n")
+
+
+def test_results_that_cannot_be_written_are_one_line(
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    classifier: tuple[Any, Path],
+    photos: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "out" / "results.json").mkdir(parents=True)
+    given = [str(photos / "a.png"), "--checkpoint", str(classifier[1]), "--output", str(tmp_path / "out")]
+    assert script.main(given) == 2
+    assert capsys.readouterr().err == f"predict: {tmp_path / 'out'}: cannot write there: Is a directory\n"
+
+
 def test_nothing_that_works_is_exit_code_1_and_still_json(run: Run, classifier: tuple[Any, Path], photos: Path) -> None:
     said = run(photos / "broken.png", photos / "gone.png", "--checkpoint", classifier[1])
     assert (said["code"], said["images"], said["failed"], said["predictions"]) == (1, 0, 2, [])
@@ -319,6 +383,15 @@ def test_broken_weights_are_said(run: Run, classifier: tuple[Any, Path], photos:
     assert "not finite" in said["err"]
 
 
+def test_every_head_that_can_be_trained_can_be_asked_for(script: ModuleType) -> None:
+    from nearfield.models.dense import detection, segmentation
+
+    for task, heads in (("detection", detection.HEADS), ("segmentation", segmentation.HEADS)):
+        for head in heads:
+            assert script._parser().parse_args(["a.png", "--head", head]).head == head
+            assert sys.modules["_predict_models"]._task_of(head) == task
+
+
 def test_mistakes_are_one_line(
     script: ModuleType,
     capsys: pytest.CaptureFixture[str],
@@ -353,7 +426,8 @@ def test_mistakes_are_one_line(
     assert "both given" in fails(picture, "--checkpoint", weights, "--pretrained")
     assert "is of nat_nano" in fails(picture, "--checkpoint", detector[1], "--model", "swin_nano")
     assert "is of mask_rcnn" in fails(picture, "--checkpoint", detector[1], "--head", "fcos")
-    assert "has 4 classes" in fails(picture, "--checkpoint", detector[1], "--num-classes", 5)
+    said = fails(picture, "--checkpoint", detector[1], "--num-classes", 5)
+    assert f"--num-classes 5: the run in {detector[1]} is of {len(NAMES)}: leave --num-classes out" in said
     assert "no best.safetensors" in fails(picture, "--checkpoint", detector[1], "--weights", "best")
     assert "say --num-classes" in fails(picture, "--checkpoint", weights, "--task", "detection")
     assert "no upernet" in fails(picture, "--checkpoint", weights, "--head", "upernet", "--num-classes", 4)
