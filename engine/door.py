@@ -37,7 +37,7 @@ _TAKES_VALUE = _NEEDS_VALUE | {"--info", "-i"}
 _FLAGS = _TAKES_VALUE | {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--run", "-r"}
 _FLAGS |= {"--multirun", "-m", "--shell-completion", "-sc", "--experimental-rerun"}
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
-_OWN_DATA = re.compile(r"\+{0,2}data(?:\.name)?=(?!scenes$)(?P<name>.*)")
+_OWN_DATA = re.compile(r"\+{0,2}data(?:\.name)?=(?!(?:scenes|synthetic)$)(?P<name>.*)")
 T = TypeVar("T")
 Job = Callable[[T, list[str]], dict[str, Any]]
 
@@ -156,9 +156,17 @@ def expand(kind: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _brought(folders: Sequence[Path], task: str, own_data: str | None) -> list[str]:
     """What a task brings: its demo, or what fine-tuning starts from on those data, on any."""
-    group, names = ("demo", [task]) if own_data is None else ("finetune", [f"{task}_{own_data}", task])
-    found = [name for name in names for folder in folders if (folder / group / f"{name}.yaml").is_file()]
-    return [f"+{group}={name}" for name in found[:1]]
+    group = "demo" if own_data is None else "finetune"
+
+    def of(data: str | None) -> str | None:
+        names = (f"{task}_{data}", task)
+        found = (name for name in names for folder in folders if (folder / group / f"{name}.yaml").is_file())
+        return next(found, None)
+
+    brought = {of(data) for data in (own_data or "").split(",")}
+    if len(brought) > 1:
+        raise ConfigError(f"data={own_data}: what training starts from differs among them: run them one by one")
+    return [f"+{group}={name}" for name in brought if name]
 
 
 def _folders(arguments: Sequence[str]) -> list[Path]:

@@ -98,8 +98,9 @@ def build(
         which = (
             f"model.checkpoint={config.checkpoint}" if config.checkpoint else f"the published weights of {config.name}"
         )
+        head = f"a head of {has} classes" if has else "no classifier"
         raise CheckpointMismatchError(
-            f"{which}: a head of {has} classes, but the data has {num_classes}: give the data of that checkpoint, "
+            f"{which}: {head}, but the data has {num_classes} classes: give the data of that checkpoint, "
             "or fine-tune with train.py model.new_head=true"
         )
     checkpoint_activations(config, model)

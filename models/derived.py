@@ -79,6 +79,9 @@ def in_wide_precision(network: nn.Module, x: Tensor) -> Tensor:
     """
     with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         parameters = dict(network.named_parameters())
+        if not parameters:  # quantised layers, and replicas of nn.DataParallel
+            weights = (getattr(module, "weight", None) for module in network.modules())
+            return network(x.to(next((w.dtype for w in weights if isinstance(w, Tensor)), x.dtype)))
         if all(p.dtype == x.dtype for p in parameters.values()):
             return network(x)
         return functional_call(network, {name: p.to(x.dtype) for name, p in parameters.items()}, x)

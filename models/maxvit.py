@@ -100,7 +100,8 @@ class LogMlpAttention(PartitionAttention):
         return self.kept_table.get(tuple(self.rel_pos_mlp.parameters()), self.size, self._table)
 
     def _table(self) -> Tensor:
-        like = next(self.rel_pos_mlp.parameters(), torch.empty(0))  # quantised layers have none
+        weight: Any = self.rel_pos_mlp.fc1.weight
+        like = weight if isinstance(weight, Tensor) else torch.empty(0)  # quantised layers have a method of that name
         # timm's coordinates are query - key
         steps = -gen_relative_log_coords(self.size, mode="cr", device=like.device, dtype=wide(like.dtype))
         return in_wide_precision(self.rel_pos_mlp, steps).permute(2, 0, 1)

@@ -152,6 +152,8 @@ def _feature_options(variant: catalog.Variant, kwargs: dict[str, Any]) -> dict[s
     elif made_by not in ("hook", Features) and not isinstance(made_by, type):
         raise ValueError(f"feature_cls={made_by!r}: these models take 'getter' (the default), 'hook' or a class")
     if options["feature_cls"] is not Features:
+        if "norm" in options:
+            raise ValueError("norm= is for features by the default feature_cls: leave out one of them")
         # where nothing is said timm would take five
         stages = len(cast(Backbone, variant.skeleton()).feature_info)
         options["out_indices"] = tuple(take_stages(options.get("out_indices"), stages, "out_indices"))

@@ -79,6 +79,8 @@ def _made_with(variant: catalog.Variant, arguments: Sequence[tuple[str, Any]]) -
     Raises:
         ValueError: an argument that it does not have.
     """
+    if not arguments:
+        return variant
     made = dataclasses.replace(variant, kwargs={**variant.kwargs, **dict(arguments)})
     try:
         made.skeleton()
@@ -344,7 +346,10 @@ def _argument(text: str) -> tuple[str, Any]:
     key, given, value = text.partition("=")
     if not given or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} must be an argument of the model, like img_size=[224,448]")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: the value is no YAML") from error
 
 
 def _output(text: str) -> Path:

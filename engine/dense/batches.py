@@ -63,9 +63,8 @@ class DeviceLoader:
 
 def policy_of(config: TrainConfig) -> tuple[str, dict[str, Any]]:
     """Name and options of the augmentation: none where it is off, where batches are overfitted, in a debug run."""
-    for key, own in (("name", "aug.policy"), ("mean", "data.mean"), ("std", "data.std")):
-        if key in config.aug.kwargs:
-            raise ConfigError(f"aug.kwargs.{key}: it has a key of its own: use {own}")
+    if "name" in config.aug.kwargs:
+        raise ConfigError("aug.kwargs.name: it has a key of its own: use aug.policy")
     off = config.aug.no_aug or bool(config.data.overfit_batches) or config.data.name == "synthetic"
     return ("none", {}) if off else (config.aug.policy, config.aug.kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +122,7 @@ def check_views(config: TaskConfig) -> None:
     if not config.ratios:
         raise ConfigError("task.ratios=[]: give one number or more; [1.0] is the size itself")
     if stride is not None and crop is None:
-        raise ConfigError(
-            f"task.stride={stride}: there are no windows without task.crop: set it or leave task.stride out"
-        )
+        raise ConfigError(f"task.stride={stride}: there are no windows without task.crop: set it, or task.stride=null")
     if stride is not None and crop is not None and stride > crop:
         raise ConfigError(f"task.stride={stride}: windows of task.crop={crop} would leave gaps: at most {crop}")
 
@@ -143,11 +142,13 @@ def prepare(config: TrainConfig | EvalConfig, device: torch.device) -> Prepared:
     model = network.build_segmentor(config.model, config.task, head, num_classes=source.num_classes, whole=whole)
     model = model.to(device)
     mean, std = data.mean_and_std(chosen, model.pretrained_cfg, source.in_chans)
-    how = Normalisation(config.task.fit, config.task.ratios, config.task.flip, config.task.crop, mean, std)
-
     # a model that shall overfit is measured on what it saw, as it saw it
+    views = config.task
+    if chosen.overfit_batches:
+        views = dataclasses.replace(views, fit=None, ratios=[1.0], flip=False, crop=None, stride=None)
+    how = Normalisation(views.fit, views.ratios, views.flip, views.crop, mean, std)
     measured: MaskSet = source.train if "val" not in splits or chosen.overfit_batches else source.val
-    task = Segmentation(config.task, measured)
+    task = Segmentation(views, measured)
     train = None
     if isinstance(config, TrainConfig):
         data.check_batch_size(chosen, source.train)

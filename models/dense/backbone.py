@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from ... import checkpoints
-from ...checkpoints import COUNTER, CheckpointMismatch, describe_mismatch
+from ...checkpoints import CheckpointMismatch, describe_mismatch
 from .. import catalog
 from ..backbone import take_stages
 from ..features import Features
@@ -236,36 +235,57 @@ def _timm_features(
     """
     with torch.device("meta"):
         whole: Any = create_model(name)
-    if checkpoint_path:
-        path = checkpoints.resolve(checkpoint_path)
-        _check_timm_file(whole, path)
-        # given to timm as one to load, it would go into the extractor, whose names differ
-        pretrained, options["pretrained_cfg_overlay"] = True, {"file": str(path)}
     if out_indices is None:
         last = {info["reduction"]: i for i, info in enumerate(whole.feature_info) if info["reduction"] >= 4}
         out_indices = list(last.values())
-    out_indices = take_stages(out_indices, len(whole.feature_info), "out_indices")
+    options["out_indices"] = take_stages(out_indices, len(whole.feature_info), "out_indices")
     if hasattr(whole, "forward_intermediates"):
         options["feature_cls"] = "getter"
-    return create_model(name, pretrained, out_indices=out_indices, **options)
+    if checkpoint_path:
+        return _timm_features_of(checkpoints.read(checkpoints.resolve(checkpoint_path)), name, options)
+    return create_model(name, pretrained, **options)
 
 
-def _check_timm_file(model: nn.Module, path: Path) -> None:
-    """CheckpointMismatch unless the file has all that timm's ``model`` needs but for what it adapts.
+def _timm_features_of(state: Mapping[str, Tensor], name: str, options: Mapping[str, Any]) -> nn.Module:
+    """timm's feature extractor with the weights of a file.
 
-    timm itself, making features, loads whatever has the same name, and be it nothing.
+    Given to timm as a file to load they would go into the extractor, whose names differ; as published weights they go
+    into the model inside. Timm then loads what has the same name, and be it nothing, and only logs what is missing.
     """
-    state = checkpoints.read(path)
-    to_timm = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if to_timm is not None:
-        with contextlib.suppress(KeyError):  # of keys that another model's file does not have
-            state = to_timm(state, model)
-    cfg: Any = model.pretrained_cfg
-    adapted = [cfg.get(name) or () for name in ("classifier", "first_conv")]
-    prefixes = tuple(f"{name}." for names in adapted for name in ([names] if isinstance(names, str) else names))
-    expected = {
-        key: shape
-        for key, shape in shapes_of(model).items()
-        if not key.startswith(prefixes) and not key.endswith(COUNTER)
-    }
-    check_fits({key: value for key, value in state.items() if key in expected}, expected, "the backbone")
+    log = logging.getLogger("timm.models._builder")
+    level, unfound = log.level, _Unfound(log.getEffectiveLevel())
+    log.addFilter(unfound)
+    log.setLevel(logging.INFO)
+    try:
+        body: Any = create_model(name, True, **options, pretrained_cfg_overlay={"state_dict": dict(state)})
+    except (RuntimeError, KeyError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointMismatch(f"the file and {name} differ: {type(error).__name__}: {reason}") from error
+    finally:
+        log.removeFilter(unfound)
+        log.setLevel(level)
+    for module in (body, getattr(body, "model", body)):
+        module.pretrained_cfg.pop("state_dict", None)
+    # extractors write dots of names as underscores
+    needed = {re.sub(r"[._]", "", key.removeprefix("model.")) for key, _ in body.named_parameters()}
+    lacking = [key for key in unfound.keys if re.sub(r"[._]", "", key) in needed]
+    if lacking:
+        more = " ..." if len(lacking) > 6 else ""
+        raise CheckpointMismatch(f"the file is of another model than {name}: it lacks {', '.join(lacking[:6])}{more}")
+    return body
+
+
+class _Unfound(logging.Filter):
+    """The keys that timm says it did not find in a state dict; records below ``level`` go no further."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self.level = level
+        self.keys: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Takes the keys out of a record; whether it is shown."""
+        found = re.match(r"Missing keys \((.*?)\)", record.getMessage())
+        if found:
+            self.keys += found[1].split(", ")
+        return record.levelno >= self.level

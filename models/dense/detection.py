@@ -197,10 +197,11 @@ def create_detector(
     options, of_body = options_of(head, kwargs)
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1 (background is not counted)")
-    if channels < 1 or not 1 <= min_size <= max_size:
+    if channels < 1:
+        raise ValueError(f"channels={channels} must be at least 1")
+    if not 1 <= min_size <= max_size:
         raise ValueError(
-            f"channels={channels}, min_size={min_size}, max_size={max_size}: all are at least 1, and max_size is at "
-            "least min_size"
+            f"min_size={min_size}, max_size={max_size}: pixels, at least 1, the second not below the first"
         )
     of_body |= {"task": task, "out_norm": out_norm, "in_chans": in_chans}
     one_stage = head in ("retinanet", "fcos")

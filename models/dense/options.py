@@ -33,14 +33,25 @@ class HeadOptions:
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an int of at least {least}")
 
     def _shares(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r} must be between 0 and 1")
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_positive(values: Any) -> bool:
+    """Whether it is a sequence of numbers above 0, or of such sequences; not an empty one."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        return False
+    return all(value > 0 if _is_number(value) else _are_positive(value) for value in values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +76,10 @@ class AnchorOptions(HeadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.aspect_ratios or min(self.aspect_ratios) <= 0:
-            raise ValueError(f"aspect_ratios={self.aspect_ratios!r} must be positive numbers, at least one")
+        for name in ("aspect_ratios", "anchor_sizes"):
+            value = getattr(self, name)
+            if value is not None and not _are_positive(value):
+                raise ValueError(f"{name}={value!r} must be numbers above 0, at least one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +110,8 @@ class RegionOptions(AnchorOptions):
         super().__post_init__()
         self._at_least(1, "proposals", "samples", "box_features")
         self._at_least(0, "box_convs", "sampling_ratio")
+        if not isinstance(self.class_agnostic, bool):
+            raise ValueError(f"class_agnostic={self.class_agnostic!r} must be True or False")
         if self.box_loss not in BOX_LOSSES or (self.box_loss == "giou" and not isinstance(self, CascadeOptions)):
             losses = " or ".join(BOX_LOSSES)
             raise ValueError(f"box_loss={self.box_loss!r} must be {losses}, the second for cascades alone")
@@ -145,6 +160,12 @@ class CascadeOptions(RegionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("stage_ious", "stage_box_weights", "stage_loss_weights"):
+            value = getattr(self, name)
+            if not isinstance(value, Sequence) or (value and not _are_positive(value)):
+                raise ValueError(f"{name}={value!r} must be numbers above 0, one entry for each stage")
+        if max(self.stage_ious, default=0) > 1:
+            raise ValueError(f"stage_ious={self.stage_ious!r} must be overlaps, at most 1")
         counts = [len(entries) for entries in (self.stage_ious, self.stage_box_weights, self.stage_loss_weights)]
         if not counts[0] or len(set(counts)) > 1:
             raise ValueError(
@@ -173,6 +194,7 @@ OPTIONS: dict[str, type[HeadOptions]] = {
 
 NAMES = {field.name for options in OPTIONS.values() for field in fields(options)}
 """Every option of any head."""
+_MAY_BE_NONE = ("anchor_sizes", "mask_threshold")
 
 
 def options_of(head: str, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -185,13 +207,11 @@ def options_of(head: str, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     """
     if head not in OPTIONS:
         raise ValueError(f"head={head!r} must be one of {', '.join(OPTIONS)}")
-    own = {field.name: field for field in fields(OPTIONS[head])}
+    own = {field.name for field in fields(OPTIONS[head])}
     spare = sorted(name for name in given if name in NAMES and name not in own)
     if spare:
         _logger.warning("%s does not read %s", head, ", ".join(spare))
     values = {
-        name: value
-        for name, value in given.items()
-        if name in own and (value is not None or "None" in str(own[name].type))
+        name: value for name, value in given.items() if name in own and (value is not None or name in _MAY_BE_NONE)
     }
     return OPTIONS[head](**values), {name: value for name, value in given.items() if name not in NAMES}

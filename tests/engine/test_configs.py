@@ -206,7 +206,7 @@ def test_a_segmentor_is_evaluated_at_the_scale_that_it_is_trained_at(data: str, 
     config = door.compose("train", TrainConfig, ["task=segmentation", spelling.format(data)])
     assert config.task.fit == config.aug.kwargs["scale"] == ([2048, 1024] if data == "cityscapes" else [2048, 512])
     assert config.aug.kwargs["crop"] == ([512, 1024] if data == "cityscapes" else 512)
-    assert segmentation_policy(config.aug.policy, mean=[0.0], std=[1.0], **config.aug.kwargs)
+    assert segmentation_policy(config.aug.policy, config.aug.kwargs, mean=[0.0], std=[1.0])
     drawn = door.compose("train", TrainConfig, ["task=segmentation", "data=scenes"])
     assert (drawn.task.fit, "scale" in drawn.aug.kwargs) == (None, False)
 
@@ -214,6 +214,13 @@ def test_a_segmentor_is_evaluated_at_the_scale_that_it_is_trained_at(data: str, 
 def test_whole_files_are_evaluated_as_the_published_ones_are() -> None:
     config = door.compose("eval", EvalConfig, ["task=segmentation", "data=ade20k", "model=nat_tiny", "checkpoint=x"])
     assert config.task.fit == list(ADE20K_SCALE)  # as scripts/predict.py does
+
+
+def test_a_sweep_of_data_starts_from_one_thing() -> None:
+    sweep = door.expand(TrainConfig, ["-m", "task=segmentation", "data=voc,masks", "model=nat_tiny"])[1]
+    assert "+finetune=segmentation" in sweep
+    with pytest.raises(ConfigError, match=r"^data=voc,cityscapes: what training starts from differs among them"):
+        door.expand(TrainConfig, ["-m", "task=segmentation", "data=voc,cityscapes"])
 
 
 def test_tasks_are_no_sweep() -> None:

@@ -155,3 +155,19 @@ def test_a_debug_run_draws_nothing_where_the_data_are(task: str, tmp_path: Path)
     given.append(f"data.root={mine}")
     with pytest.raises(ConfigError, match=r"data\.root=.*mine, but no data are named"):
         evaluation.evaluate(door.compose("eval", EvalConfig, given), door.touched(given))
+
+
+def test_a_root_for_all_data_of_a_machine_may_be_there(tmp_path: Path) -> None:
+    """As configs/local/default.yaml sets it: what draws its images does not read it."""
+    config = door.compose("train", TrainConfig, [])
+    config.data.root = str(tmp_path)
+    reads.check(config, ["trainer.epochs"])
+    with pytest.raises(ConfigError, match=r"data\.root=.*: not read by task=classification data=digits"):
+        reads.check(config, ["data", "data.root"])
+
+
+def test_the_scenes_of_a_run_may_be_moved(tmp_path: Path) -> None:
+    config = EvalConfig(run="x", data=DataConfig(name="scenes", root=str(tmp_path)), task=TaskConfig(name="detection"))
+    reads.check(config, ["run", "data.root"])
+    with pytest.raises(ConfigError, match="but no data are named"):
+        reads.check(dataclasses.replace(config, run=None), ["data.root"])

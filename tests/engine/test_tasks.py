@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -475,6 +476,9 @@ def test_what_is_overfitted_is_what_is_measured(task: str, tmp_path: Path) -> No
         assert metrics.result()["mask_ap"] == pytest.approx(1.0)
     else:
         assert prepared.val is prepared.train
+        fitted = tasks.prepare(dataclasses.replace(config, task=dataclasses.replace(config.task, fit=[64, 64])), CPU)
+        # images as they were seen in training
+        assert fitted.task.config.fit is None  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -301,5 +301,8 @@ def test_mistakes_in_arguments_of_the_model_are_one_line(
     told = fails(script, capsys, "verify", published, "--set", "windows=3")
     assert "--set: " in told
     assert "'windows'" in told
+    with pytest.raises(SystemExit):
+        script.main(["verify", str(published), "--set", "img_size=[224"])
+    assert "the value is no YAML" in capsys.readouterr().err
     assert "--names" in fails(script, capsys, "verify", published, "--names", tmp_path / "none.txt")
     assert capsys.readouterr().out == ""

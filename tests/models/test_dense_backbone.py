@@ -276,13 +276,25 @@ def test_the_backbone_of_our_own_files_is_taken(kind: str, tmp_path: Path, caplo
 
 def test_another_models_file_is_refused_for_a_model_of_timm(tmp_path: Path) -> None:
     torch.save(nearfield.create_model("nat_nano").state_dict(), tmp_path / "nat.pth")
-    with pytest.raises(CheckpointMismatch, match=r"^the backbone in the file and in the model differ: no key"):
+    with pytest.raises(CheckpointMismatch, match=r"^the file is of another model than test_resnet: it lacks conv1"):
         DenseBackbone("test_resnet", checkpoint_path=tmp_path / "nat.pth")
     wide = timm.create_model("test_convnext", num_classes=3, in_chans=1)
     torch.save(wide.state_dict(), tmp_path / "gray.pth")
     assert DenseBackbone("test_convnext", checkpoint_path=tmp_path / "gray.pth", in_chans=1).channels
     with pytest.raises(CheckpointMismatch, match="differ"):
         DenseBackbone("test_convnext2", checkpoint_path=tmp_path / "gray.pth")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "backbone.", "module."])
+def test_wrapped_files_load_into_models_of_timm(prefix: str, tmp_path: Path) -> None:
+    """The extractor needs neither the classifier nor the norm before it; its options are its own."""
+    model = timm.create_model("test_convnext", depths=(1, 1, 1, 1))
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
+    torch.save({"state_dict": {prefix + key: value for key, value in weights.items()}}, tmp_path / "body.pth")
+    backbone = DenseBackbone("test_convnext", checkpoint_path=tmp_path / "body.pth", depths=(1, 1, 1, 1))
+    loaded = backbone.body.model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in weights.items() if key in loaded)
+    assert "state_dict" not in backbone.pretrained_cfg
 
 
 @pytest.mark.parametrize("name", ["nat_nano", "test_convnext"])

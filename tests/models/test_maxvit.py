@@ -229,6 +229,20 @@ def test_the_mlps_table_is_kept_only_while_it_is_true() -> None:
             assert attn.half().eval().position_bias(3, 5).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_mlps_table_is_made_in_replicas(dtype: torch.dtype) -> None:
+    """Those of nn.DataParallel have weights, which are no parameters."""
+    attn = LogMlpAttention(32, 2, Window, (3, 5)).to(dtype).eval()
+    for layer in (attn.rel_pos_mlp.fc1, attn.rel_pos_mlp.fc2):
+        for key in ("weight", "bias"):
+            value = getattr(layer, key).detach()
+            delattr(layer, key)
+            setattr(layer, key, value)
+    assert not list(attn.rel_pos_mlp.parameters())
+    with torch.no_grad():
+        assert attn.position_bias(3, 5).isfinite().all()
+
+
 @pytest.mark.parametrize("size", [(6, 8), (7, 9), (1, 4)])
 def test_the_shortcut_takes_means_over_what_there_is(size: tuple[int, int]) -> None:
     block = MBConv(8, 8, 2, 4.0, MaxViT.conv, 0.0).eval()

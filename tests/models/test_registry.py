@@ -258,6 +258,7 @@ def test_options_of_features_are_those_of_timm(name: str) -> None:
             {"feature_cls": "list"},
             r"^feature_cls='list': these models take 'getter'.*, 'hook' or a class$",
         ),
+        ({"feature_cls": "hook", "norm": True}, r"^norm= is for features by the default feature_cls"),
         ({"out_indices": 9}, r"^out_indices=9 asks for the last 9 of 3 stages: use 1 to 3$"),
         ({"out_indices": (3,)}, r"^out_indices=\(3,\) must name stages from -3 to 2, at least one$"),
     ],
