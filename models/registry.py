@@ -36,6 +36,7 @@ from .loading import (
 
 _logger = logging.getLogger("nearfield.models")
 
+_NOT_SAVED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 _OF_FEATURES = ("out_indices", "output_fmt", "norm")
 # as in timm, where no argument of a configuration can be left out
 _OWN_WHERE_NONE = ("img_size", "in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate")
@@ -147,13 +148,11 @@ def _feature_options(variant: catalog.Variant, kwargs: dict[str, Any]) -> dict[s
     options = {**(kwargs.pop("feature_cfg", None) or {})}
     options |= {name: kwargs.pop(name) for name in (*_OF_FEATURES, "feature_cls") if name in kwargs}
     made_by = options.setdefault("feature_cls", Features)
-    if made_by == "getter":
-        options["feature_cls"] = Features
-    elif made_by not in ("hook", Features) and not isinstance(made_by, type):
-        raise ValueError(f"feature_cls={made_by!r}: these models take 'getter' (the default), 'hook' or a class")
-    if options["feature_cls"] is not Features:
-        if "norm" in options:
-            raise ValueError("norm= is for features by the default feature_cls: leave out one of them")
+    if made_by not in ("getter", "hook") and not isinstance(made_by, type):
+        raise ValueError(f"feature_cls={made_by!r}: these models take 'getter', 'hook' or a class, best none")
+    if made_by is not Features:
+        if "norm" in options and made_by == "hook":
+            raise ValueError("norm= is not for feature_cls='hook': leave out one of them")
         # where nothing is said timm would take five
         stages = len(cast(Backbone, variant.skeleton()).feature_info)
         options["out_indices"] = tuple(take_stages(options.get("out_indices"), stages, "out_indices"))
@@ -250,13 +249,24 @@ def create_model(
         if kwargs.get("features_only"):
             state = bare_backbone(state)
         kwargs = {**published_options(state, variant.family), **kwargs}
+    if state is not None and "feature_cls" in kwargs:
+        # a wrapper of timm's renames what it wraps: timm loads the weights before
+        overlay = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": state}
+        kwargs["pretrained_cfg_overlay"], by_timm, state = overlay, True, None
     model = _ENTRYPOINTS[base](pretrained=by_timm, **kwargs)
+    forget_state_dict(model)
     # timm writes these beside exported weights
-    args = {key: value for key, value in kwargs.items() if key not in ("pretrained_cfg", "cache_dir")}
+    args = {key: value for key, value in kwargs.items() if key not in _NOT_SAVED}
     vars(model)["_model_args"] = args
     if state is not None:
         load_weights(model, state)
     return model
+
+
+def forget_state_dict(model: Any) -> None:
+    """Take the weights that timm loaded from memory out of a model's configuration, where timm leaves them."""
+    for module in (model, getattr(model, "model", model)):
+        module.pretrained_cfg.pop("state_dict", None)
 
 
 def read_weights(source: str | Path, name: str, *, cache_dir: str | Path | None = None) -> dict[str, Tensor]:

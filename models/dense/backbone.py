@@ -19,7 +19,7 @@ from .. import catalog
 from ..backbone import take_stages
 from ..features import Features
 from ..loading import OUTPUT_NORM, convert_on_load, shapes_of
-from ..registry import create_model, load_weights, read_weights
+from ..registry import create_model, forget_state_dict, load_weights, read_weights
 
 _logger = logging.getLogger("nearfield.models")
 
@@ -264,8 +264,7 @@ def _timm_features_of(state: Mapping[str, Tensor], name: str, options: Mapping[s
     finally:
         log.removeFilter(unfound)
         log.setLevel(level)
-    for module in (body, getattr(body, "model", body)):
-        module.pretrained_cfg.pop("state_dict", None)
+    forget_state_dict(body)
     # extractors write dots of names as underscores
     needed = {re.sub(r"[._]", "", key.removeprefix("model.")) for key, _ in body.named_parameters()}
     lacking = [key for key in unfound.keys if re.sub(r"[._]", "", key) in needed]

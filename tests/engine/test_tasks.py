@@ -318,7 +318,11 @@ def test_a_pass_that_is_cut_short_counts_its_images_and_its_loss() -> None:
             r"task\.stride=8: there are no windows without task\.crop",
         ),
         (["task=segmentation", "task.crop=64", "task.stride=65"], ConfigError, r"task\.stride=65: .*task\.crop=64"),
-        (["task=segmentation", "aug.kwargs.mean=[0.5]"], ConfigError, r"aug\.kwargs\.mean: .* use data\.mean"),
+        (
+            ["task=segmentation", "aug.kwargs.mean=[0.5]"],
+            ConfigError,
+            r"aug\.kwargs: policy .* mean and std are those of the data: data\.mean=",
+        ),
         (["task=detection", "aug.policy=mosaic"], ConfigError, r"aug\.policy=mosaic: no such policy"),
         (["task=detection", "aug.kwargs.scales=2"], ConfigError, r"policy jitter has no option 'scales'"),
         (["task=segmentation", "aug.kwargs.crop=-3"], ConfigError, r"aug\.kwargs: policy light"),

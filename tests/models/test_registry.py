@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import nearfield
@@ -256,9 +257,9 @@ def test_options_of_features_are_those_of_timm(name: str) -> None:
     [
         (
             {"feature_cls": "list"},
-            r"^feature_cls='list': these models take 'getter'.*, 'hook' or a class$",
+            r"^feature_cls='list': these models take 'getter', 'hook' or a class",
         ),
-        ({"feature_cls": "hook", "norm": True}, r"^norm= is for features by the default feature_cls"),
+        ({"feature_cls": "hook", "norm": True}, r"^norm= is not for feature_cls='hook'"),
         ({"out_indices": 9}, r"^out_indices=9 asks for the last 9 of 3 stages: use 1 to 3$"),
         ({"out_indices": (3,)}, r"^out_indices=\(3,\) must name stages from -3 to 2, at least one$"),
     ],
@@ -273,3 +274,17 @@ def test_a_pretrained_cfg_by_its_tag() -> None:
         assert nearfield.create_model("swin_base", pretrained_cfg="ms_in22k").pretrained_cfg["tag"] == "ms_in22k"
     with pytest.raises(ValueError, match=r"unknown tag 'foo' of swin_base"):
         nearfield.create_model("swin_base", pretrained_cfg="foo")
+
+
+@pytest.mark.parametrize("feature_cls", ["getter", "hook"])
+def test_weights_load_into_timms_own_feature_wrappers(feature_cls: str, tmp_path: Path) -> None:
+    model = nearfield.create_model("swin_nano", num_classes=4).eval()
+    torch.save(model.state_dict(), tmp_path / "swin.pth")
+    features = nearfield.create_model(
+        "swin_nano", features_only=True, feature_cls=feature_cls, checkpoint_path=tmp_path / "swin.pth"
+    ).eval()
+    assert "state_dict" not in features.pretrained_cfg
+    image = torch.randn(1, 3, 64, 64)
+    expected = model.forward_intermediates(image, intermediates_only=True, output_fmt="NHWC")
+    for got, wanted in zip(features(image), expected, strict=True):
+        torch.testing.assert_close(got if feature_cls == "hook" else got.permute(0, 2, 3, 1), wanted)
