@@ -36,7 +36,7 @@ _BATCHES = (
 _COLOURS = ("mean", "std")
 _SPLITS = ("root", "train_split", "val_split")
 _PREPARED = ("crop_pct", "crop_mode", "interpolation", *_COLOURS)
-_DRAWN = ("root", "num_images", "scene_size", "split_seed")
+_OF_SCENES = ("root", "num_images", "scene_size", "split_seed")
 _MAPS = (*_SPLITS, "class_names", "label_map", "skip_missing", *_COLOURS)
 # by the name of a data set, or of all with that beginning; "" are all others of timm
 DATA: dict[str, dict[str, tuple[str, ...]]] = {
@@ -47,14 +47,14 @@ DATA: dict[str, dict[str, tuple[str, ...]]] = {
         "": (*_SPLITS, "train_samples", "val_samples", "class_map", "download", *_PREPARED),
     },
     "detection": {
-        "scenes": (*_DRAWN, "keep_empty"),
+        "scenes": (*_OF_SCENES, "keep_empty"),
         "coco": (
             *("root", "train_images", "val_images", "train_annotations", "val_annotations"),
             *("keep_empty", "skip_missing"),
         ),
     },
     "segmentation": {
-        "scenes": (*_DRAWN, "train_split", "val_split", *_COLOURS),
+        "scenes": (*_OF_SCENES, "train_split", "val_split", *_COLOURS),
         "ade20k": _MAPS,
         "cityscapes": _MAPS,
         "voc": _MAPS,

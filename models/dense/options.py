@@ -175,11 +175,8 @@ class CascadeOptions(RegionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CascadeMaskOptions(MaskOptions, CascadeOptions):
-    """Of cascades with mask heads."""
-
-    box_convs: int = 4
-    box_loss: str = "giou"
+class CascadeMaskOptions(CascadeOptions, MaskOptions):
+    """Of cascades with mask heads; what both have is the cascades'."""
 
 
 OPTIONS: dict[str, type[HeadOptions]] = {
